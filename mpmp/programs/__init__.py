@@ -1,0 +1,1 @@
+"""Ground floor: parallel algorithms as short programs, one per rank. No torch, no MPI."""
