@@ -51,6 +51,11 @@ def uniform(key: int, index: Tensor) -> Tensor:
     return _logical_shift(bits(key, index), 11).to(torch.float64) * 2.0**-53
 
 
+def keep(key: int, index: Tensor, probability: float) -> Tensor:
+    """True, with the probability, for each int64 index."""
+    return _logical_shift(bits(key, index), 11) < int(probability * 2**53)
+
+
 def normal(key: int, index: Tensor) -> Tensor:
     """Standard normal float64 for each int64 index (Box and Muller 1958)."""
     radius = torch.sqrt(-2.0 * torch.log1p(-uniform(key, 2 * index)))

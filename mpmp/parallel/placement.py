@@ -20,8 +20,8 @@ class Placement:
     ``shape`` is the global shape, ``ranges`` the (start, stop) this rank holds of each dim, and
     ``replicated`` the axes of the mesh along which other ranks hold the very same elements.
     ``shared_by`` lists the pipeline stages that hold a copy (one, but for tied embeddings).
-    ``primary`` is true on exactly one rank per shard and data replica: it is the copy that counts
-    in a norm and that is written to a file.
+    ``primary`` is true on exactly one rank per shard within each replica of the model: the copy
+    that counts in a norm and, in the first replica, the one that is written to a file.
     """
 
     name: str
