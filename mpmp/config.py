@@ -33,7 +33,7 @@ class Parallel:
     tensor: int = 1
     """Ranks that share each layer's heads, hidden units and vocabulary."""
     microbatches: int | None = None
-    """Pieces each replica cuts its batch into; omitted: twice the stages (where there are as many sequences), one without a pipeline."""
+    """Pieces each replica cuts its batch into; omitted: twice the stages, or one without a pipeline."""
     schedule: str = "1f1b"
     """Order of a stage's forward and backward actions: gpipe or 1f1b."""
     bucket_mb: float = 4.0
@@ -42,7 +42,9 @@ class Parallel:
     def __post_init__(self) -> None:
         for name in ("data", "pipeline", "tensor", "microbatches"):
             value = getattr(self, name)
-            _require(value is None or value >= 1, f"parallel.{name} must be at least 1, not {value}")
+            _require(
+                value is None or value >= 1, f"parallel.{name} must be at least 1, not {value}"
+            )
         _require(self.bucket_mb > 0, f"parallel.bucket_mb must be positive, not {self.bucket_mb}")
 
     def num_microbatches(self, rows: int) -> int:
@@ -173,7 +175,8 @@ class Train:
             value = getattr(self, name)
             _require(value >= 0, f"train.{name} must not be negative, not {value}")
         _require(
-            self.steps is None or self.steps >= 1, f"train.steps must be at least 1, not {self.steps}"
+            self.steps is None or self.steps >= 1,
+            f"train.steps must be at least 1, not {self.steps}",
         )
         _require(
             self.minutes is None or self.minutes > 0,
@@ -248,7 +251,8 @@ def parse_layout(text: str) -> dict[str, int]:
         match = re.fullmatch(r"(dp|pp|tp)([1-9][0-9]*)", part)
         if match is None or match[1] in seen:
             raise ConfigError(
-                f"layout {text!r} is not understood at {part!r}; write dp2.pp2.tp2, each at most once"
+                f"layout {text!r} is not understood at {part!r}; "
+                "write dp2.pp2.tp2, each at most once"
             )
         seen.add(match[1])
         sizes[_SHORT[match[1]]] = int(match[2])

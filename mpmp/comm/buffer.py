@@ -29,7 +29,7 @@ def admit(tensor: Tensor) -> Tensor:
     if tensor.layout != torch.strided:
         raise TensorError(f"a {tensor.layout} tensor cannot be sent; call .to_dense() first")
     if tensor.device.type not in ("cpu", "cuda"):
-        raise TensorError(f"a tensor on {tensor.device} cannot be sent; move it to cpu or cuda first")
+        raise TensorError(f"a tensor on {tensor.device} cannot be sent; move it to cpu or cuda")
     if tensor.dtype not in DTYPES:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise TensorError(f"a tensor of {tensor.dtype} cannot be sent; known are {known}")

@@ -15,6 +15,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -125,7 +126,9 @@ class Operation:
         self.plan, self.buffer, self.executor = plan, buffer, executor
         self._combine = OPERATIONS[combine]
         self._scratch = torch.empty(plan.scratch_elements, dtype=buffer.dtype, device=buffer.device)
-        self._prepared = [self._post(one, prepare=True) for one in plan.rounds] if prepared else None
+        self._prepared = (
+            [self._post(one, prepare=True) for one in plan.rounds] if prepared else None
+        )
 
     def run(self, *, background: bool = False) -> None:
         """Carry the rounds out."""
@@ -139,9 +142,8 @@ class Operation:
             else:
                 requests = self._prepared[number]
                 MPI.Prequest.Startall(requests)
-            world.wait(
-                requests, lambda n=number, m=messages: self._describe(n, m), background=background
-            )
+            describe = partial(self._describe, number, messages)
+            world.wait(requests, describe, background=background)
             for message in messages:
                 if message.scratch is not None:
                     self._put(message)
@@ -156,9 +158,7 @@ class Operation:
 
     def _post(self, messages: tuple[Message, ...], *, prepare: bool) -> list[Any]:
         comm, requests = self.executor.comm, []
-        send, receive = (
-            (comm.Send_init, comm.Recv_init) if prepare else (comm.Isend, comm.Irecv)
-        )
+        send, receive = (comm.Send_init, comm.Recv_init) if prepare else (comm.Isend, comm.Irecv)
         for message in messages:
             memory, offset = self.buffer, 0
             if message.scratch is not None:
@@ -204,7 +204,9 @@ class Executor:
 
     MOST_PLANS, MOST_SLOTS = 256, 64
 
-    def __init__(self, world: World, comm: MPI.Intracomm, ranks: tuple[int, ...], name: str) -> None:
+    def __init__(
+        self, world: World, comm: MPI.Intracomm, ranks: tuple[int, ...], name: str
+    ) -> None:
         self.world, self.comm, self.ranks, self.name = world, comm, ranks, name
         self._plans: OrderedDict[Hashable, Plan] = OrderedDict()
         self._slots: OrderedDict[Hashable, Operation] = OrderedDict()

@@ -16,7 +16,7 @@ from mpi4py import MPI
 from torch import Tensor
 
 from mpmp.comm.buffer import admit, as_bytes, pieces, wire_dtype
-from mpmp.comm.executor import Executor, Operation, Spec
+from mpmp.comm.executor import Executor, Spec
 from mpmp.comm.progress import Handle, Progress
 from mpmp.config import Comm
 from mpmp.errors import TensorError
@@ -205,11 +205,14 @@ def load(target: Tensor, source: Tensor) -> None:
     if source.is_cuda == target.is_cuda:
         target.copy_(source)
         return
-    # Dtypes are converted on the GPU, so that what crosses is pinned memory on the host's side.
+    # Dtypes are converted on the GPU: torch would take pageable memory to do it on the host.
     if source.is_cuda:
         target.copy_(source.to(target.dtype), non_blocking=True)
+    elif source.dtype == target.dtype:
+        target.copy_(source, non_blocking=True)
     else:
-        target.copy_(source.to(target.device, non_blocking=True))
+        arrived = torch.empty_like(target, dtype=source.dtype)
+        target.copy_(arrived.copy_(source, non_blocking=True))
     torch.cuda.current_stream((source if source.is_cuda else target).device).synchronize()
 
 
@@ -226,19 +229,21 @@ class PreparedAllreduce:
         self._operation = executor.bind(spec, buffer, prepared=not buffer.is_cuda)
         # A stream of its own: on the common one the sum would wait for all of backward. Entering
         # it also makes its GPU the progress thread's; a new thread begins with GPU 0.
-        self._stream = torch.cuda.Stream(x.device) if x.is_cuda else None  # type: ignore[no-untyped-call]
+        self._stream: torch.cuda.Stream | None = None
+        if x.is_cuda:
+            self._stream = torch.cuda.Stream(x.device)  # type: ignore[no-untyped-call]
 
     def start(self) -> Handle:
-        """Start the sum of what is in the memory now; it is there when the handle was waited for."""
+        """Start the sum of what is in the memory now; wait for the handle before reading it."""
         if self._stream is None:
             return self._progress.start(self._carry_out)
         # A blocking event: the thread sleeps until the tensor was computed, and burns no core.
         produced = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        produced.record(torch.cuda.current_stream(self._x.device))  # type: ignore[no-untyped-call]
+        torch.cuda.current_stream(self._x.device).record_event(produced)
 
         def work() -> None:
             with torch.cuda.stream(self._stream):
-                produced.synchronize()  # type: ignore[no-untyped-call]
+                produced.synchronize()
                 self._carry_out()
                 # Whoever waits for the handle may read the sum on any stream.
                 torch.cuda.current_stream(self._x.device).synchronize()

@@ -1,11 +1,11 @@
 """The mesh: ranks arranged on named axes, and a group with its own communicators for each.
 
-    mesh = Mesh.over(world, pipeline=2, tensor=2)      # the data axis takes what is left
+mesh = Mesh.over(world, pipeline=2, tensor=2)      # the data axis takes what is left
 
-          tensor ->                      rank = (data * P + pipeline) * T + tensor
-    pipeline  0 1 | 4 5                  mesh.tensor:    {0 1} {2 3} {4 5} {6 7}
-        |     2 3 | 6 7                  mesh.pipeline:  {0 2} {1 3} {4 6} {5 7}
-        v    data=0 data=1               mesh.data:      {0 4} {1 5} {2 6} {3 7}
+      tensor ->                      rank = (data * P + pipeline) * T + tensor
+pipeline  0 1 | 4 5                  mesh.tensor:    {0 1} {2 3} {4 5} {6 7}
+    |     2 3 | 6 7                  mesh.pipeline:  {0 2} {1 3} {4 6} {5 7}
+    v    data=0 data=1               mesh.data:      {0 4} {1 5} {2 6} {3 7}
 """
 
 from __future__ import annotations
@@ -85,6 +85,7 @@ class Mesh:
             comm = world.comm.Split(color if member else MPI.UNDEFINED, world.rank)
             if comm == MPI.COMM_NULL:
                 return None
+            assert isinstance(comm, MPI.Intracomm)
             ranks = tuple(comm.allgather(world.rank))
             # One communicator a purpose: operations that are waited for at once, and operations
             # that a thread drives meanwhile, must not take each other's messages.
@@ -120,12 +121,12 @@ class Mesh:
             return Group(executor, executor, progress, Comm())
 
         sizes, index = dict.fromkeys(AXES, 1), dict.fromkeys(AXES, 0)
-        groups = [alone(name) for name in ("data", "pipeline", "tensor", "model", "everyone")]
-        return cls(world, sizes, index, *groups, ends=None)
+        names = ("data", "pipeline", "tensor", "model", "everyone")
+        return cls(world, sizes, index, **{name: alone(name) for name in names}, ends=None)
 
 
 def fit(world: int, data: int | None, pipeline: int, tensor: int) -> dict[str, int]:
-    """Sizes of the axes for a world; raises LayoutError naming the product and the legal layouts."""
+    """Sizes of the axes for a world; a LayoutError names the product and the legal layouts."""
     if data is None:
         data = max(1, world // (pipeline * tensor))
     product = data * pipeline * tensor

@@ -148,11 +148,15 @@ def start(device: str = "auto", limit_s: float = 600.0) -> World:
         # One rank a host asks; the others wait for it in MPI's start.
         verdict = probe(chosen) if local_rank_of_launcher() == 0 else None
         torch.empty(1, device=chosen)  # makes the CUDA context that MPI will bind to
-    thread_level = MPI.Init_thread(MPI.THREAD_MULTIPLE)
+    if MPI.Is_initialized():
+        thread_level = MPI.Query_thread()  # a program that imported mpi4py.MPI before us
+    else:
+        thread_level = MPI.Init_thread(MPI.THREAD_MULTIPLE)
     comm = MPI.COMM_WORLD
     _refuse_lone_ranks(comm.size)
     found = together(comm.allgather(verdict))
     host_comm = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    assert isinstance(host_comm, MPI.Intracomm)
     world = World(
         rank=comm.rank,
         size=comm.size,
@@ -195,7 +199,9 @@ def _choose_device(device: str) -> torch.device:
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise LaunchError("device cuda was asked for, but torch sees no GPU; use --train.device cpu")
+        raise LaunchError(
+            "device cuda was asked for, but torch sees no GPU; use --train.device cpu"
+        )
     index = local_rank_of_launcher() % torch.cuda.device_count()
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
@@ -203,7 +209,12 @@ def _choose_device(device: str) -> torch.device:
 
 def local_rank_of_launcher() -> int:
     """Rank on this host as the launcher tells it before MPI starts (0 without a launcher)."""
-    for name in ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID", "PALS_LOCAL_RANKID"):
+    for name in (
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "MPI_LOCALRANKID",
+        "SLURM_LOCALID",
+        "PALS_LOCAL_RANKID",
+    ):
         if name in os.environ:
             return int(os.environ[name])
     return 0

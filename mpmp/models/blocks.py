@@ -47,9 +47,7 @@ class CausalAttention(nn.Module):
         self.qkv = ColumnParallelLinear(
             make, f"{name}.qkv", width, width, std=std, blocks=3, unit=head
         )
-        self.out = RowParallelLinear(
-            make, f"{name}.out", width, width, std=residual_std, unit=head
-        )
+        self.out = RowParallelLinear(make, f"{name}.out", width, width, std=residual_std, unit=head)
         self.dropout = Dropout(dropout, make.seed, f"{name}.weights")
 
     def forward(self, x_BTD: Tensor, samples_B: Tensor | None) -> Tensor:

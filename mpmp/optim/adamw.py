@@ -16,7 +16,8 @@ def make_optimizer(
     parameters: Iterable[nn.Parameter], settings: config.Optimizer
 ) -> torch.optim.AdamW:
     """Matrices decay; biases (those of queries, keys and values are stacked) and norms do not."""
-    matrices, vectors = [], []
+    matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
     for one in parameters:
         is_bias = placement_of(one).name.endswith(".bias")
         (vectors if one.dim() < 2 or is_bias else matrices).append(one)

@@ -62,7 +62,7 @@ def allgather(x: Tensor, group: Group, length: int, dim: int = 0) -> Tensor:
     return x if group.size == 1 else _call(_Allgather, x, group, length, dim)
 
 
-# --- the movements themselves, on tensors without gradients -------------------------------------
+# --- the movements themselves -----------------------------------------------------------------
 
 
 def _own_piece(x: Tensor, group: Group, dim: int) -> Tensor:
@@ -72,12 +72,12 @@ def _own_piece(x: Tensor, group: Group, dim: int) -> Tensor:
 
 def _all_pieces(x: Tensor, group: Group, length: int, dim: int) -> Tensor:
     lengths = [stop - start for start, stop in partition(length, group.size)]
-    rows = x.movedim(dim, 0).contiguous()
+    rows = x.detach().movedim(dim, 0).contiguous()
     return group.allgather(rows, lengths).movedim(0, dim)
 
 
 def _own_piece_of_sum(x: Tensor, group: Group, dim: int) -> Tensor:
-    return group.reduce_scatter(x.movedim(dim, 0).contiguous()).movedim(0, dim)
+    return group.reduce_scatter(x.detach().movedim(dim, 0).contiguous()).movedim(0, dim)
 
 
 class _Replicate(torch.autograd.Function):

@@ -14,6 +14,7 @@ differ: the data axis, and for a weight that both ends of a pipeline use the sta
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +74,7 @@ class GradientBuckets:
         self._next = 0
         for bucket in self.buckets:
             for one in bucket.parameters:
-                one.register_post_accumulate_grad_hook(self._ready(bucket))
+                one.register_post_accumulate_grad_hook(partial(self._ready, bucket))  # type: ignore[no-untyped-call]
 
     def expect(self) -> None:
         self._armed, self._next = False, 0
@@ -90,16 +91,14 @@ class GradientBuckets:
         for bucket in self.buckets:
             self.exposed_s += bucket.wait()
 
-    def _ready(self, bucket: Bucket):  # type: ignore[no-untyped-def]
-        def hook(parameter: Tensor) -> None:
-            if not self._armed:
-                return
-            bucket.missing -= 1
-            while self._next < len(self.buckets) and self.buckets[self._next].missing == 0:
-                self.buckets[self._next].start()
-                self._next += 1
-
-        return hook
+    def _ready(self, bucket: Bucket, parameter: Tensor) -> None:
+        """A gradient was added to a bucket; start every bucket whose turn it is."""
+        if not self._armed:
+            return
+        bucket.missing -= 1
+        while self._next < len(self.buckets) and self.buckets[self._next].missing == 0:
+            self.buckets[self._next].start()
+            self._next += 1
 
 
 def _fill(parameters: list[nn.Parameter], mesh: Mesh, bucket_bytes: float) -> list[Bucket]:

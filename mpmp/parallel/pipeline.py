@@ -94,7 +94,7 @@ class Pipeline:
 
     @torch.no_grad()
     def score(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Sum of the token losses of one batch (B, T), without dropout; zero but on the last stage."""
+        """Sum of a batch's token losses without dropout, on the last stage; zero on the others."""
         hidden = self.hidden(inputs)
         if not self._last:
             return torch.zeros((), dtype=torch.float64, device=self._device)

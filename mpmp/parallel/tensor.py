@@ -151,15 +151,18 @@ class _CrossEntropy(torch.autograd.Function):
         local_BT = local_BT.where(own_BT, 0)
         target_BT = scores_BTv.gather(-1, local_BT.unsqueeze(-1)).squeeze(-1) * own_BT
         exponentials_BTv = scores_BTv.exp()
-        total_BT, target_BT = group.allreduce(torch.stack((exponentials_BTv.sum(-1), target_BT)))
+        sums = group.allreduce(torch.stack((exponentials_BTv.sum(-1), target_BT)))
+        total_BT, target_BT = sums[0], sums[1]
         ctx.save_for_backward(exponentials_BTv / total_BT.unsqueeze(-1), local_BT, own_BT)
         ctx.dtype = logits_BTv.dtype
         return total_BT.log() - target_BT
 
     @staticmethod
     def backward(ctx: Any, grad_BT: Tensor) -> tuple[Tensor, None, None, None]:
+        softmax_BTv: Tensor
         softmax_BTv, local_BT, own_BT = ctx.saved_tensors
         # softmax - one-hot(target); the target's column lies on one rank alone.
         hit_BT = own_BT.to(softmax_BTv.dtype).unsqueeze(-1)
         grad_BTv = softmax_BTv.scatter_add(-1, local_BT.unsqueeze(-1), -hit_BT)
-        return (grad_BTv * grad_BT.unsqueeze(-1)).to(ctx.dtype), None, None, None
+        grad_BTv = grad_BTv * grad_BT.unsqueeze(-1)
+        return grad_BTv.to(ctx.dtype), None, None, None

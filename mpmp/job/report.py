@@ -1,0 +1,113 @@
+"""What a person sees of a run, and the metrics file that is the truth.
+
+On a terminal one line is rewritten in place; in a batch log every n-th step gets a plain line.
+Only rank 0 shows anything.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any, TextIO
+
+
+class Reporter:
+    """Writes to standard output on rank 0, and nowhere on the others."""
+
+    def __init__(self, speaks: bool, every: int, stream: TextIO | None = None) -> None:
+        self._speaks, self._every = speaks, every
+        self._stream = stream or sys.stdout
+        self._live = speaks and on_terminal()
+        self._open_line = False
+
+    def line(self, text: str = "") -> None:
+        """A line that stays."""
+        if self._speaks:
+            self._write(("\n" if self._open_line else "") + text + "\n")
+            self._open_line = False
+
+    def progress(self, step: int, text: str, *, last: bool) -> None:
+        """The state of things: rewritten on a terminal, now and then a line in a log."""
+        if not self._speaks:
+            return
+        if self._live:
+            width = shutil.get_terminal_size().columns - 1
+            self._write("\r" + text[:width].ljust(width))
+            self._open_line = True
+        elif last or step % self._every == 0:
+            self._write(text + "\n")
+
+    def _write(self, text: str) -> None:
+        self._stream.write(text)
+        self._stream.flush()
+
+
+def on_terminal() -> bool:
+    """Whether a person watches: standard output of the launcher, not of this rank, is a terminal.
+
+    Ranks write to a pipe or to a pseudo-terminal of the launcher, whatever the person sees.
+    """
+    pid, output = os.getpid(), "1"
+    try:
+        while _name(os.getppid() if pid == os.getpid() else _parent(pid)) in _LAUNCHERS:
+            pid = os.getppid() if pid == os.getpid() else _parent(pid)
+        return os.readlink(f"/proc/{pid}/fd/{output}").startswith(("/dev/pts/", "/dev/tty"))
+    except OSError:
+        return False
+
+
+_LAUNCHERS = {"mpirun", "mpiexec", "prterun", "prte", "prted", "hydra_pmi_proxy", "mpiexec.hydra"}
+
+
+def _name(pid: int) -> str:
+    return Path(f"/proc/{pid}/comm").read_text().strip()
+
+
+def _parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+
+
+class Metrics:
+    """``metrics.jsonl``: one JSON object a line, appended as things happen, on rank 0."""
+
+    def __init__(self, path: Path, writes: bool, resume_from: int | None) -> None:
+        self._file: TextIO | None = None
+        if not writes:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = []
+        if resume_from is not None and path.exists():
+            # Steps after the checkpoint will be taken again.
+            lines = path.read_text().splitlines()
+            kept = [line for line in lines if json.loads(line).get("step", -1) <= resume_from]
+        self._file = path.open("w", encoding="utf-8")
+        self._file.writelines(line + "\n" for line in kept)
+
+    def write(self, **values: Any) -> None:
+        if self._file is not None:
+            self._file.write(json.dumps(values) + "\n")
+            self._file.flush()
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """Columns as wide as they must be, numbers to the right."""
+    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
+    lines = [
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        for row in [head, *rows]
+    ]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+def duration(seconds: float) -> str:
+    """12s, 3m05s, 2h10m"""
+    whole = int(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"

@@ -1,0 +1,91 @@
+"""Operations that are started and waited for, and messages between two ranks."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+import mpmp
+from mpmp.errors import PeerError
+
+
+@pytest.fixture(scope="module")
+def mesh(world):
+    return mpmp.mesh(tensor=world.size)
+
+
+def test_a_started_sum_is_replayed_in_place(mesh):
+    group = mesh.tensor
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        x = torch.zeros(1000, dtype=dtype)
+        prepared = group.prepare_allreduce(x)
+        for turn in range(3):
+            x.fill_(group.rank + turn)
+            prepared.start().wait()
+            expected = sum(rank + turn for rank in range(group.size))
+            assert bool((x == expected).all()), (dtype, turn)
+
+
+def test_many_may_be_under_way(mesh):
+    group = mesh.tensor
+    buffers = [torch.full((n * 999,), float(group.rank)) for n in range(1, 9)]
+    handles = [group.prepare_allreduce(x).start() for x in buffers]
+    for handle in reversed(handles):
+        handle.wait()
+    assert all(bool((x == sum(range(group.size))).all()) for x in buffers)
+
+
+@pytest.mark.ranks(2)
+def test_it_goes_on_while_the_rank_computes(mesh):
+    """A thread makes progress: after a pause without any call of ours the sum is there."""
+    x = torch.ones(1 << 16)
+    prepared = mesh.tensor.prepare_allreduce(x)
+    prepared.start().wait()
+    handle = prepared.start()
+    time.sleep(0.5)
+    assert handle._done.is_set()
+    handle.wait()
+    assert bool((x == 4).all())
+
+
+@pytest.mark.ranks(2, 3, 4)
+def test_messages_travel_by_tag_whatever_their_order(mesh):
+    group = mesh.tensor
+    right, left = (group.rank + 1) % group.size, (group.rank - 1) % group.size
+    sends = [group.send(torch.full((n,), float(group.rank)), right, n) for n in (3, 5, 70_000)]
+    for n in (70_000, 3, 5):
+        x = torch.empty(n)
+        group.receive(x, left, n).wait()
+        assert bool((x == left).all())
+    for transfer in sends:
+        transfer.wait()
+        assert transfer.done()
+
+
+@pytest.mark.ranks(2)
+def test_a_peer_that_does_not_answer_is_named(world):
+    mesh = mpmp.mesh(tensor=2)
+    limit, world.limit_s = world.limit_s, 1.2
+    try:
+        if world.rank == 0:
+            with pytest.raises(PeerError, match="rank 1 .*timeout_s"):
+                mesh.tensor.receive(torch.empty(4), 1, 0).wait()
+    finally:
+        world.limit_s = limit
+    mesh.everyone.barrier()
+    if world.rank == 1:  # now the message that was awaited, so that nothing is left over
+        mesh.tensor.send(torch.zeros(4), 0, 0).wait()
+
+
+def test_a_failing_started_operation_raises_where_it_is_waited_for(mesh):
+    from mpmp.comm.progress import Progress
+
+    def fail() -> None:
+        raise PeerError("planted")
+
+    for threaded in (True, False):
+        handle = Progress(threaded).start(fail)
+        with pytest.raises(PeerError, match="planted"):
+            handle.wait()
