@@ -20,20 +20,32 @@ import socket
 import sys
 import time
 import tomllib
-from collections.abc import Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, TypeVar
 
 import tyro
 
 from mpmp.config import Config, parse_layout
 from mpmp.errors import ConfigError, MpmpError
 
+T = TypeVar("T")
+
 
 def parse(program: str, description: str, default: Config, arguments: Sequence[str]) -> Config:
     """The configuration of a command line; ends the process where it is wrong."""
+
+    def read() -> Config:
+        rest, over = _take_own_flags(list(arguments), default)
+        _refuse_unknown(rest, over)
+        return cli(Config, program, description, rest, over)
+
+    return guarded(read)
+
+
+def guarded(read: Callable[[], T]) -> T:
+    """What ``read`` makes of a command line; ends the process where it is wrong."""
     try:
-        rest, default = _take_own_flags(list(arguments), default)
-        return _settings(program, description, default, rest)
+        return read()
     except MpmpError as error:
         fail(error)
 
@@ -140,7 +152,7 @@ def _known(name: str, table: dict[str, Any], sentence: str) -> None:
     raise ConfigError(f"{sentence} {name!r}; {hint}")
 
 
-def _settings(program: str, description: str, default: Config, arguments: list[str]) -> Config:
+def _refuse_unknown(arguments: list[str], default: Config) -> None:
     flags = {
         f"{section.name}.{field.name}": field
         for section in dataclasses.fields(Config)
@@ -151,11 +163,15 @@ def _settings(program: str, description: str, default: Config, arguments: list[s
             name = argument[2:].partition("=")[0].replace("-", "_")
             positive = re.sub(r"\.no_", ".", name)
             _known_flag(name if name in flags else positive, flags)
+
+
+def cli(kind: type[T], program: str, description: str, arguments: Sequence[str], default: T) -> T:
+    """tyro's reading of the arguments; what it finds wrong becomes a ConfigError of one line."""
     said, rank = io.StringIO(), launcher_rank()[0]
     try:
         with contextlib.redirect_stderr(said):
             return tyro.cli(
-                Config,
+                kind,
                 prog=program,
                 description=description,
                 default=default,

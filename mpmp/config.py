@@ -33,7 +33,7 @@ class Parallel:
     tensor: int = 1
     """Ranks that share each layer's heads, hidden units and vocabulary."""
     microbatches: int | None = None
-    """Pieces each replica cuts its batch into; omitted: twice the stages, or one without a pipeline."""
+    """Pieces of a replica's batch; omitted: twice the stages, or one without a pipeline."""
     schedule: str = "1f1b"
     """Order of a stage's forward and backward actions: gpipe or 1f1b."""
     bucket_mb: float = 4.0
@@ -234,6 +234,20 @@ def to_dict(config: Config) -> dict[str, Any]:
 def config_hash(config: Config) -> str:
     """SHA-256 of all settings, the same for equal configurations on any machine."""
     return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()
+
+
+def differences(
+    old: dict[str, Any], new: dict[str, Any], prefix: str = ""
+) -> dict[str, tuple[Any, Any]]:
+    """Settings that two configurations (as dicts) do not share, by their full names."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in {**old, **new}:
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found |= differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            found[prefix + key] = (before, after)
+    return found
 
 
 # --- layout strings ---------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from typing import NoReturn
 
 from mpmp.errors import MpmpError, PeerError
 
-_ALIKE = (2, 3)
+_ALIKE = (2, 3, 74, 77, 78)
 """Codes of errors that every rank raises alike; rank 0 may speak for all."""
 
 

@@ -125,7 +125,11 @@ class Operation:
     ) -> None:
         self.plan, self.buffer, self.executor = plan, buffer, executor
         self._combine = OPERATIONS[combine]
-        self._scratch = torch.empty(plan.scratch_elements, dtype=buffer.dtype, device=buffer.device)
+        # Prepared requests keep pointing at their scratch; passing operations share one.
+        if prepared:
+            self._scratch = buffer.new_empty(plan.scratch_elements)
+        else:
+            self._scratch = executor.scratch(plan.scratch_elements, buffer)
         self._prepared = (
             [self._post(one, prepare=True) for one in plan.rounds] if prepared else None
         )
@@ -211,6 +215,7 @@ class Executor:
         self._plans: OrderedDict[Hashable, Plan] = OrderedDict()
         self._slots: OrderedDict[Hashable, Operation] = OrderedDict()
         self._bound: list[Operation] = []
+        self._scratch: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
     def plan(self, spec: Spec) -> Plan:
         """The plan of a spec, made and agreed on at first use, kept while it is in use."""
@@ -242,6 +247,13 @@ class Executor:
         if prepared:
             self._bound.append(operation)
         return operation
+
+    def scratch(self, length: int, like: Tensor) -> Tensor:
+        """Memory for what arrives, as long as no other operation of this executor runs."""
+        key = like.dtype, like.device
+        if key not in self._scratch or self._scratch[key].numel() < length:
+            self._scratch[key] = like.new_empty(length)
+        return self._scratch[key]
 
     def free(self) -> None:
         """Give requests and communicator back to MPI; all ranks of the group together."""

@@ -141,6 +141,11 @@ class Group:
         for executor in (self._now, self._started):
             executor.free()
 
+    @property
+    def communicator(self) -> MPI.Intracomm:
+        """The group's own communicator, for what is not ours: the library's baselines."""
+        return self._now.comm
+
     # --- inside -----------------------------------------------------------------------------------
 
     def _spec(

@@ -81,8 +81,7 @@ class Metrics:
         kept = []
         if resume_from is not None and path.exists():
             # Steps after the checkpoint will be taken again.
-            lines = path.read_text().splitlines()
-            kept = [line for line in lines if json.loads(line).get("step", -1) <= resume_from]
+            kept = [line for line in path.read_text().splitlines() if _step(line) <= resume_from]
         self._file = path.open("w", encoding="utf-8")
         self._file.writelines(line + "\n" for line in kept)
 
@@ -90,6 +89,14 @@ class Metrics:
         if self._file is not None:
             self._file.write(json.dumps(values) + "\n")
             self._file.flush()
+
+
+def _step(line: str) -> float:
+    """The step a line tells of; a line that a crash cut short is of no step that counts."""
+    try:
+        return float(json.loads(line).get("step", -1))
+    except ValueError:
+        return float("inf")
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:

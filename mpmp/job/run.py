@@ -11,9 +11,11 @@ import torch
 
 import mpmp
 from mpmp import checkpoint
+from mpmp.comm.agreement import on_first
 from mpmp.comm.mesh import Mesh
-from mpmp.config import Config, config_hash
+from mpmp.config import Config, config_hash, differences, to_dict
 from mpmp.data.baselines import Score, baselines, bits_per_byte
+from mpmp.errors import CheckpointError
 from mpmp.job import setup
 from mpmp.job.report import Metrics, Reporter, duration, table
 from mpmp.job.sample import sample
@@ -40,9 +42,10 @@ class Run:
     def __init__(self, config: Config, mesh: Mesh, training: Training) -> None:
         self.config, self.mesh, self.training = config, mesh, training
         self.fault = setup.fault_from_environment()
-        self.folder = setup.run_folder(config, mesh.world, mesh.layout)
+        self.folder = setup.run_folder(config, mesh)
         self.show = Reporter(mesh.world.rank == 0, config.train.log_every)
         self.tokens_per_step = config.train.batch * config.model.context
+        self.saved = -1
 
     def all(self) -> None:
         with checkpoint.locked(self.folder, self.mesh):
@@ -50,12 +53,13 @@ class Run:
             self.metrics = Metrics(
                 self.folder / "metrics.jsonl",
                 writes=self.mesh.world.rank == 0,
-                resume_from=first - 1 if self.config.checkpoint.resume else None,
+                resume_from=first if self.config.checkpoint.resume else None,
             )
             self._head()
             last, laps = self._steps(first)
             self._validate(last)
-            self._save(last)
+            if self.saved != last:
+                self._save(last)
             self._export(last)
             self._sample()
             self._close(last - first, laps)
@@ -134,19 +138,27 @@ class Run:
         loaded = checkpoint.load(self.folder, self.mesh)
         for line in loaded.skipped:
             self.show.line(line)
+        changes = differences(loaded.meta.get("config", {}), to_dict(self.config))
+        for setting, (old, new) in changes.items():
+            if setting.startswith("model."):
+                raise CheckpointError(
+                    f"{loaded.path} holds another model: {setting} is {old!r} there and {new!r} "
+                    "in this run; use the settings of the checkpoint"
+                )
         self.training.load_state(loaded.tensors)
+        self.saved = loaded.step
         self.show.line(f"resumed from {loaded.path} after step {loaded.step}")
+        for setting, (old, new) in changes.items():
+            if not setting.startswith("checkpoint."):
+                self.show.line(f"changed since: {setting} from {old!r} to {new!r}")
         return loaded.step
 
     def _save(self, number: int) -> None:
-        meta = {
-            "config_sha256": config_hash(self.config),
-            "next_step": number,
-            "model_seed": self.config.model.seed,
-            "data_seed": self.config.data.seed,
-        }
+        # Data order and dropout are functions of the step and of seeds among the settings.
+        meta = {"config_sha256": config_hash(self.config), "config": to_dict(self.config)}
         keep = self.config.checkpoint.keep
         path = checkpoint.save(self.folder, number, self.training.state(), meta, self.mesh, keep)
+        self.saved = number
         self.show.line(f"saved {path}")
         self.metrics.write(event="checkpoint", step=number, path=str(path))
 
@@ -156,7 +168,7 @@ class Run:
         metadata = {"format": "pt", "mpmp": mpmp.__version__, "step": str(number)}
 
         checkpoint.export(path, merged, metadata, self.mesh)
-        sha256 = setup.on_rank_0(self.mesh.world, lambda: digest(merged))
+        sha256 = on_first("hash the model", lambda: digest(merged), self.mesh)
         self.show.line(f"merged model in {path}, weights sha256 {sha256[:16]}")
 
     # --- what is shown ----------------------------------------------------------------------------
@@ -182,7 +194,7 @@ class Run:
         self.show.line(
             f"model: GPT of {whole:,} parameters ({own:,} on this rank), {model.layers} layers, "
             f"{model.heads} heads, width {model.width}, context {model.context}, "
-            f"initial weights sha256 {sha256[:16]}"
+            f"weights sha256 {sha256[:16]}"
         )
         self.show.line(
             f"text: {corpus.name}, {len(corpus.train):,} tokens to learn from, "
@@ -203,7 +215,7 @@ class Run:
 
     def _weights_sha256(self) -> str:
         merged = merge(self.training.weights(), self.mesh)
-        return str(setup.on_rank_0(self.mesh.world, lambda: digest(merged)))
+        return str(on_first("hash the model", lambda: digest(merged), self.mesh))
 
     def _sample(self) -> None:
         if self.config.train.sample_tokens == 0:

@@ -6,13 +6,13 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any
 
+from mpmp.comm.agreement import on_first
 from mpmp.comm.mesh import Mesh
 from mpmp.comm.world import World, start
-from mpmp.config import Config, config_hash, to_dict
+from mpmp.config import Config, config_hash, differences, to_dict
 from mpmp.data.loader import Batches, Corpus, load
-from mpmp.errors import ConfigError, LaunchError, MpmpError
+from mpmp.errors import ConfigError, LaunchError
 from mpmp.job.fault import Fault, fault_of
 
 
@@ -29,16 +29,13 @@ def agree(world: World, what: str, digest: str, detail: str = "{}") -> None:
     strangers = [rank for rank, other in enumerate(digests) if other != digests[0]]
     if not strangers:
         return
-    details = [_flat(json.loads(text)) for text in world.gather_texts(detail)]
+    details = [json.loads(text) for text in world.gather_texts(detail)]
     rank = strangers[0]
-    difference = next(
-        (
-            f": {key} is {details[rank].get(key)!r} there and {value!r} on rank 0"
-            for key, value in details[0].items()
-            if details[rank].get(key) != value
-        ),
-        "",
-    )
+    found = next(iter(differences(details[0], details[rank]).items()), None)
+    difference = ""
+    if found is not None:
+        name, (ours, theirs) = found
+        difference = f": {name} is {theirs!r} there and {ours!r} on rank 0"
     raise LaunchError(
         f"rank {rank} has other {what} than rank 0{difference}; give all ranks the same"
     )
@@ -73,33 +70,13 @@ def make_batches(config: Config, corpus: Corpus) -> Batches:
     )
 
 
-def on_rank_0(world: World, work: Any) -> Any:
-    """Do something on rank 0 alone; its JSON-able result, or its error, on every rank."""
-    answer: dict[str, Any] = {}
-    error: MpmpError | None = None
-    if world.rank == 0:
-        try:
-            answer = {"result": work()}
-        except MpmpError as caught:
-            error = caught
-            answer = {"error": str(caught), "kind": type(caught).__name__}
-    answer = json.loads(world.broadcast_text(json.dumps(answer)))
-    if error is not None:
-        raise error
-    if "error" in answer:
-        from mpmp import errors
-
-        raise getattr(errors, answer["kind"])(answer["error"])
-    return answer["result"]
-
-
-def run_folder(config: Config, world: World, layout: str) -> Path:
+def run_folder(config: Config, mesh: Mesh) -> Path:
     """The folder of the run, the same on all ranks; a used one is refused unless resumed."""
 
     def choose() -> str:
         settings = config.checkpoint
         if settings.dir is None:
-            return f"runs/{time.strftime('%Y-%m-%d_%H-%M-%S')}_{layout}_{os.getpid()}"
+            return f"runs/{time.strftime('%Y-%m-%d_%H-%M-%S')}_{mesh.layout}_{os.getpid()}"
         folder = Path(settings.dir)
         if not settings.resume and any(folder.glob("step_*")):
             raise ConfigError(
@@ -108,18 +85,8 @@ def run_folder(config: Config, world: World, layout: str) -> Path:
             )
         return settings.dir
 
-    return Path(on_rank_0(world, choose))
+    return Path(on_first("look into the run's folder", choose, mesh))
 
 
 def fault_from_environment() -> Fault | None:
     return fault_of(os.environ.get("MPMP_FAULT"))
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
