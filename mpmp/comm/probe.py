@@ -77,7 +77,7 @@ def probe(device: torch.device, limit_s: float = LIMIT_S) -> Verdict:
     return ask(children(device), limit_s)
 
 
-def together(verdicts: Iterable[Verdict | None]) -> Verdict:
+def weakest(verdicts: Iterable[Verdict | None]) -> Verdict:
     """One answer for all ranks from those that asked: straight only where every host is able to."""
     asked = [verdict for verdict in verdicts if verdict is not None]
     refusals = [verdict for verdict in asked if not verdict.aware]

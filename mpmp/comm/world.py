@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from mpmp.comm import ending
-from mpmp.comm.probe import probe, together
+from mpmp.comm.probe import probe, weakest
 from mpmp.errors import LaunchError, PeerError
 
 try:
@@ -154,7 +154,7 @@ def start(device: str = "auto", limit_s: float = 600.0) -> World:
         thread_level = MPI.Init_thread(MPI.THREAD_MULTIPLE)
     comm = MPI.COMM_WORLD
     _refuse_lone_ranks(comm.size)
-    found = together(comm.allgather(verdict))
+    found = weakest(comm.allgather(verdict))
     host_comm = comm.Split_type(MPI.COMM_TYPE_SHARED)
     assert isinstance(host_comm, MPI.Intracomm)
     world = World(

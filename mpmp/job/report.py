@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
 from pathlib import Path
 from typing import Any, TextIO
@@ -20,54 +19,62 @@ class Reporter:
     def __init__(self, speaks: bool, every: int, stream: TextIO | None = None) -> None:
         self._speaks, self._every = speaks, every
         self._stream = stream or sys.stdout
-        self._live = speaks and on_terminal()
-        self._open_line = False
+        self._terminal = terminal_of_launcher() if speaks and stream is None else None
+        self._rewrites = False
 
     def line(self, text: str = "") -> None:
         """A line that stays."""
         if self._speaks:
-            self._write(("\n" if self._open_line else "") + text + "\n")
-            self._open_line = False
+            self._write(text)
+            self._rewrites = False
 
     def progress(self, step: int, text: str, *, last: bool) -> None:
         """The state of things: rewritten on a terminal, now and then a line in a log."""
         if not self._speaks:
             return
-        if self._live:
-            width = shutil.get_terminal_size().columns - 1
-            self._write("\r" + text[:width].ljust(width))
-            self._open_line = True
+        if self._terminal is not None:
+            # Up and over the last one: Open MPI forwards whole lines only, so that a line which
+            # merely returns to its beginning would not be seen before the end.
+            over = "\x1b[1A\x1b[2K" if self._rewrites else ""
+            self._write(over + text[: _columns(self._terminal) - 1])
+            self._rewrites = True
         elif last or step % self._every == 0:
-            self._write(text + "\n")
+            self._write(text)
 
     def _write(self, text: str) -> None:
-        self._stream.write(text)
+        self._stream.write(text + "\n")
         self._stream.flush()
-
-
-def on_terminal() -> bool:
-    """Whether a person watches: standard output of the launcher, not of this rank, is a terminal.
-
-    Ranks write to a pipe or to a pseudo-terminal of the launcher, whatever the person sees.
-    """
-    pid, output = os.getpid(), "1"
-    try:
-        while _name(os.getppid() if pid == os.getpid() else _parent(pid)) in _LAUNCHERS:
-            pid = os.getppid() if pid == os.getpid() else _parent(pid)
-        return os.readlink(f"/proc/{pid}/fd/{output}").startswith(("/dev/pts/", "/dev/tty"))
-    except OSError:
-        return False
 
 
 _LAUNCHERS = {"mpirun", "mpiexec", "prterun", "prte", "prted", "hydra_pmi_proxy", "mpiexec.hydra"}
 
 
-def _name(pid: int) -> str:
-    return Path(f"/proc/{pid}/comm").read_text().strip()
+def terminal_of_launcher() -> str | None:
+    """The terminal that standard output reaches in the end, if a person watches.
+
+    Ranks write to a pipe or to a pseudo-terminal of the launcher's own, whatever the launcher
+    itself writes to: so the launcher's standard output is asked.
+    """
+    try:
+        pid, parent = os.getpid(), os.getppid()
+        while Path(f"/proc/{parent}/comm").read_text().strip() in _LAUNCHERS:
+            stat = Path(f"/proc/{parent}/stat").read_text()
+            pid, parent = parent, int(stat.rsplit(")", 1)[1].split()[1])
+        device = os.readlink(f"/proc/{pid}/fd/1")
+    except OSError:
+        return None
+    return device if device.startswith(("/dev/pts/", "/dev/tty")) else None
 
 
-def _parent(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+def _columns(terminal: str) -> int:
+    try:
+        file = os.open(terminal, os.O_RDONLY | os.O_NOCTTY)
+        try:
+            return os.get_terminal_size(file).columns
+        finally:
+            os.close(file)
+    except OSError:
+        return 80
 
 
 class Metrics:
