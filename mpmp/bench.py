@@ -68,10 +68,10 @@ class Row:
 
 def main() -> None:
     """Parse the command line, then measure."""
-    settings = commands.guarded(
-        lambda: commands.cli(Settings, "mpmp.bench", __doc__ or "", sys.argv[1:], Settings())
-    )
-    from mpmp.comm import ending
+    with commands.guarded():
+        settings = commands.cli(Settings, "mpmp.bench", __doc__ or "", sys.argv[1:], Settings())
+    with commands.guarded():
+        from mpmp.comm import ending
 
     ending.run(lambda: bench(settings))
 

@@ -14,63 +14,46 @@ import contextlib
 import dataclasses
 import difflib
 import io
-import os
 import re
-import socket
 import sys
 import time
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import tyro
 
 from mpmp.config import Config, parse_layout
 from mpmp.errors import ConfigError, MpmpError
+from mpmp.launcher import told_name, told_rank
 
 T = TypeVar("T")
 
 
 def parse(program: str, description: str, default: Config, arguments: Sequence[str]) -> Config:
     """The configuration of a command line; ends the process where it is wrong."""
-
-    def read() -> Config:
-        rest, over = _take_own_flags(list(arguments), default)
-        _refuse_unknown(rest, over)
-        return cli(Config, program, description, rest, over)
-
-    return guarded(read)
+    with guarded():
+        rest, default = _take_own_flags(list(arguments), default)
+        _refuse_unknown(rest, default)
+        return cli(Config, program, description, rest, default)
 
 
-def guarded(read: Callable[[], T]) -> T:
-    """What ``read`` makes of a command line; ends the process where it is wrong."""
+@contextlib.contextmanager
+def guarded() -> Iterator[None]:
+    """What goes wrong before MPI has started ends the process with one line and its code."""
     try:
-        return read()
+        yield
     except MpmpError as error:
         fail(error)
 
 
 def fail(error: MpmpError) -> NoReturn:
     """Report a mistake before MPI has started: one line, by one rank, then its exit code."""
-    rank, size = launcher_rank()
-    if rank != 0:
+    if told_rank() != 0:
         # Rank 0 has most likely made the same mistake and ends the job; if not, speak after all.
         time.sleep(1.0)
-    print(f"[rank {rank}/{size} {socket.gethostname()}] {error}", file=sys.stderr, flush=True)
+    print(f"[{told_name()}] {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     sys.exit(error.exit_code)
-
-
-def launcher_rank() -> tuple[int, int]:
-    """Rank and size as the launcher tells them before MPI starts; (0, 1) without a launcher."""
-    pairs = (
-        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
-        ("PMI_RANK", "PMI_SIZE"),
-        ("SLURM_PROCID", "SLURM_NTASKS"),
-    )
-    for rank, size in pairs:
-        if rank in os.environ:
-            return int(os.environ[rank]), int(os.environ.get(size, "1"))
-    return 0, 1
 
 
 def _take_own_flags(arguments: list[str], default: Config) -> tuple[list[str], Config]:
@@ -167,7 +150,7 @@ def _refuse_unknown(arguments: list[str], default: Config) -> None:
 
 def cli(kind: type[T], program: str, description: str, arguments: Sequence[str], default: T) -> T:
     """tyro's reading of the arguments; what it finds wrong becomes a ConfigError of one line."""
-    said, rank = io.StringIO(), launcher_rank()[0]
+    said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
             return tyro.cli(
@@ -177,7 +160,7 @@ def cli(kind: type[T], program: str, description: str, arguments: Sequence[str],
                 default=default,
                 args=arguments,
                 use_underscores=True,
-                console_outputs=rank == 0,
+                console_outputs=told_rank() == 0,
             )
     except SystemExit as left:
         if not left.code:

@@ -11,8 +11,9 @@ from mpmp.config import Config
 def main() -> None:
     """Parse the command line, then train; MPI is imported only in between."""
     config = commands.parse("mpmp.train", __doc__ or "", Config(), sys.argv[1:])
-    from mpmp.comm import ending
-    from mpmp.job.run import train
+    with commands.guarded():
+        from mpmp.comm import ending
+        from mpmp.job.run import train
 
     ending.run(lambda: train(config))
 

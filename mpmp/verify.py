@@ -26,15 +26,21 @@ DEFAULT = Config(
 
 def main() -> None:
     """Parse the command line, then compare; MPI is imported only in between."""
-    arguments = sys.argv[1:]
-    every = "--layout" in arguments and arguments[arguments.index("--layout") + 1 :][:1] == ["all"]
-    if every:
-        at = arguments.index("--layout")
-        del arguments[at : at + 2]
+    every, arguments = _take_all(sys.argv[1:])
     config = commands.parse("mpmp.verify", __doc__ or "", DEFAULT, arguments)
-    from mpmp.comm import ending
+    with commands.guarded():
+        from mpmp.comm import ending
 
     ending.run(lambda: verify(config, every))
+
+
+def _take_all(arguments: list[str]) -> tuple[bool, list[str]]:
+    """Whether ``--layout all`` is among the arguments, and the others."""
+    for at, argument in enumerate(arguments):
+        for words in (["--layout=all"], ["--layout", "all"]):
+            if argument == words[0] and arguments[at : at + len(words)] == words:
+                return True, arguments[:at] + arguments[at + len(words) :]
+    return False, arguments
 
 
 def verify(config: Config, every: bool) -> None:

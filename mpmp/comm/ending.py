@@ -22,6 +22,7 @@ from types import FrameType, TracebackType
 from typing import NoReturn
 
 from mpmp.errors import MpmpError, PeerError
+from mpmp.launcher import told_name
 
 _ALIKE = (2, 3, 74, 77, 78)
 """Codes of errors that every rank raises alike; rank 0 may speak for all."""
@@ -94,7 +95,8 @@ def end(error: BaseException) -> NoReturn:
         error = Interrupted(signal.SIGINT)
         code = error.exit_code
     if _job is None:
-        print(f"mpmp: {_sentence(error)}", file=sys.stderr, flush=True)
+        # Before the world stands; a launcher ends the others when one exits before MPI's start.
+        print(f"[{told_name()}] {_sentence(error)}", file=sys.stderr, flush=True)
         os._exit(code)
     if code in _ALIKE and _job.rank != 0:
         time.sleep(0.3)

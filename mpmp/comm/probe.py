@@ -254,10 +254,10 @@ def _try(device: torch.device, num_ranks: int) -> None:
     # The last resort if nobody stops a child that hangs: the default action needs no Python.
     signal.alarm(int(LIMIT_S + 2 * _GRACE_S))
     if device.type == "cuda":
-        from mpmp.comm.world import local_rank_of_launcher
+        from mpmp.launcher import told_local_rank
 
         # As the world chooses: two ranks take two cards where there are two.
-        index = ((device.index or 0) + local_rank_of_launcher()) % torch.cuda.device_count()
+        index = ((device.index or 0) + told_local_rank()) % torch.cuda.device_count()
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
         torch.empty(1, device=device)

