@@ -14,7 +14,9 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import os
 import re
+import socket
 import sys
 import time
 import tomllib
@@ -25,9 +27,17 @@ import tyro
 
 from mpmp.config import Config, parse_layout
 from mpmp.errors import ConfigError, MpmpError
-from mpmp.launcher import told_name, told_rank
+from mpmp.launcher import told_name, told_rank, told_size
 
 T = TypeVar("T")
+
+_LONGEST = 400
+"""Characters of a message: a value that is echoed may be of any length."""
+_LARGEST_RECIPE = 64 * 1024
+_OWN_FLAGS = """
+
+--recipe FILE.toml takes settings from a file, --layout dp2.pp2.tp2 sets the axes of the parallel
+section at once; flags win over both."""
 
 
 def parse(program: str, description: str, default: Config, arguments: Sequence[str]) -> Config:
@@ -35,7 +45,7 @@ def parse(program: str, description: str, default: Config, arguments: Sequence[s
     with guarded():
         rest, default = _take_own_flags(list(arguments), default)
         _refuse_unknown(rest, default)
-        return cli(Config, program, description, rest, default)
+        return cli(Config, program, description + _OWN_FLAGS, rest, default)
 
 
 @contextlib.contextmanager
@@ -49,11 +59,29 @@ def guarded() -> Iterator[None]:
 
 def fail(error: MpmpError) -> NoReturn:
     """Report a mistake before MPI has started: one line, by one rank, then its exit code."""
-    if told_rank() != 0:
-        # Rank 0 has most likely made the same mistake and ends the job; if not, speak after all.
-        time.sleep(1.0)
-    print(f"[{told_name()}] {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    sentence = " ".join(str(error).split())
+    if len(sentence) > _LONGEST:
+        sentence = sentence[:_LONGEST] + " ..."
+    if told_size() == 1:
+        print(f"[{told_name()}] {sentence}", file=sys.stderr, flush=True)
+    elif (speaker := _first_to_speak()) is not None:
+        print(f"[{told_name()}] {sentence}", file=sys.stderr, flush=True)
+        time.sleep(1.0)  # the others make the same mistake meanwhile, and find the name taken
+        speaker.close()
     sys.exit(error.exit_code)
+
+
+def _first_to_speak() -> socket.socket | None:
+    """A name that one child of this host's launcher can hold; rank 0 gets it if it fails, too."""
+    if told_rank() != 0:
+        time.sleep(0.3)
+    speaker = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+        speaker.bind(f"\0mpmp.{os.getppid()}")
+    except OSError:
+        speaker.close()
+        return None
+    return speaker
 
 
 def _take_own_flags(arguments: list[str], default: Config) -> tuple[list[str], Config]:
@@ -86,10 +114,13 @@ def read_recipe(path: str, default: Config) -> Config:
     """A TOML recipe over the default; unknown keys and wrong types are refused by name."""
     try:
         with open(path, "rb") as file:
-            tables = tomllib.load(file)
+            text = file.read(_LARGEST_RECIPE + 1)
+        if len(text) > _LARGEST_RECIPE:
+            raise ConfigError(f"recipe {path} is longer than {_LARGEST_RECIPE} bytes")
+        tables = tomllib.loads(text.decode())
     except OSError as error:
         raise ConfigError(f"recipe {path} cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # a number of 5000 digits, 1000 brackets
         raise ConfigError(f"recipe {path} is not TOML: {error}") from error
     sections = {field.name: field for field in dataclasses.fields(Config)}
     changed: dict[str, Any] = {}
@@ -109,7 +140,7 @@ def read_recipe(path: str, default: Config) -> Config:
 def _typed(path: str, name: str, value: Any, annotation: str) -> Any:
     """The value if its type is that of the field; integers pass for floats."""
     if match := re.match(r"Literal\[(.*)\]", annotation):
-        if value in re.findall(r'"(.*?)"', match[1]):
+        if value in re.findall(r"'(.*?)'", match[1]):
             return value
         raise ConfigError(f"recipe {path}: {name} must be one of {match[1]}, not {value!r}")
     kinds = {"int": int, "float": (int, float), "str": str, "bool": bool}

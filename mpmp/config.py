@@ -117,12 +117,12 @@ class Data:
 class Optimizer:
     """AdamW with a warm-up, a cosine and a clipped gradient norm."""
 
-    learning_rate: float = 3e-3
+    learning_rate: float = 2e-3
     """Highest learning rate."""
     final_fraction: float = 0.1
     """Learning rate at the end, as a fraction of the highest."""
-    warmup_fraction: float = 0.05
-    """Part of the training in which the learning rate climbs."""
+    warmup_steps: int = 100
+    """Steps in which the learning rate climbs; in steps, for a slow machine needs as many."""
     weight_decay: float = 0.1
     """Decay of weights with two or more dims; biases and norms have none."""
     beta1: float = 0.9
@@ -133,13 +133,12 @@ class Optimizer:
     def __post_init__(self) -> None:
         rate = self.learning_rate
         _require(0 < rate < float("inf"), f"optimizer.learning_rate must be positive, not {rate}")
-        for name in ("final_fraction", "warmup_fraction"):
-            value = getattr(self, name)
-            _require(0 <= value <= 1, f"optimizer.{name} must lie in [0, 1], not {value}")
+        fraction = self.final_fraction
+        _require(0 <= fraction <= 1, f"optimizer.final_fraction must lie in [0, 1], not {fraction}")
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             _require(0 <= value < 1, f"optimizer.{name} must lie in [0, 1), not {value}")
-        for name in ("weight_decay", "clip"):
+        for name in ("weight_decay", "clip", "warmup_steps"):
             value = getattr(self, name)
             _require(value >= 0, f"optimizer.{name} must not be negative, not {value}")
 
@@ -151,7 +150,7 @@ class Train:
     steps: int | None = None
     """Optimiser steps; omitted: as many as fit into the minutes."""
     minutes: float | None = None
-    """Training time; omitted: 3 minutes where no steps are given, else no limit."""
+    """Training time, resumptions counted in; omitted: 3 without steps, else no limit."""
     batch: int = 16
     """Sequences of a step, over all ranks."""
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"

@@ -1,11 +1,13 @@
 """A run's folder: the names in it, and changes that survive a crash.
 
-runs/default/
-  step_00000012/       a checkpoint: the manifest and one shard a pipeline and tensor rank
-  step_00000012.2/     the same step saved again; the first stays until this one is whole
-  step_00000024.tmp/   being written, or left by a job that was killed while it wrote
-  latest               text: the folder saved last, for people and scripts
-  .lock                held by the job that runs here
+It looks like this:
+
+    runs/default/
+      step_00000012/       a checkpoint: the manifest and one shard a pipeline and tensor rank
+      step_00000012.2/     the same step saved again; the first stays until this one is whole
+      step_00000024.tmp/   being written, or left by a job that was killed while it wrote
+      latest               text: the folder saved last, for people and scripts
+      .lock                held by the job that runs here
 """
 
 from __future__ import annotations

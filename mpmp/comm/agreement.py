@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from mpmp.errors import (
     CheckpointError,
@@ -58,18 +55,8 @@ def on_first(what: str, work: Callable[[], Any], mesh: Mesh) -> Any:
 
 
 def exchange(text: str, mesh: Mesh) -> list[str]:
-    """Every rank's text (not empty) on every rank.
-
-    Over the group's own collectives: whoever waits for a slow disk naps, and gives up in time.
-    """
-    group = mesh.everyone
-    if group.size == 1:
-        return [text]
-    own = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
-    lengths = group.allgather(torch.tensor([own.numel()])).tolist()
-    gathered = group.allgather(own, lengths).numpy().tobytes()
-    ends = list(accumulate(lengths))
-    return [gathered[end - n : end].decode() for end, n in zip(ends, lengths, strict=True)]
+    """Every rank's text on every rank of the mesh."""
+    return [text] if mesh.everyone.size == 1 else mesh.world.gather_texts(text)
 
 
 def reason(error: OSError, said: str) -> str:

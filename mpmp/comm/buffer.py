@@ -72,3 +72,25 @@ def pieces(start: int, stop: int, itemsize: int) -> Iterator[tuple[int, int]]:
     step = PIECE_BYTES // itemsize
     for low in range(start, stop, step):
         yield low, min(low + step, stop)
+
+
+def load(target: Tensor, source: Tensor) -> None:
+    """Copy between buffers of any dtype and device, ordered with the current stream.
+
+    A copy between a GPU and the host is complete on return: MPI may read what arrived, and the
+    host's memory may be filled again, for whatever stream.
+    """
+    if target.data_ptr() == source.data_ptr() and target.dtype == source.dtype:
+        return
+    if source.is_cuda == target.is_cuda:
+        target.copy_(source)
+        return
+    # Dtypes are converted on the GPU: torch would take pageable memory to do it on the host.
+    if source.is_cuda:
+        target.copy_(source.to(target.dtype), non_blocking=True)
+    elif source.dtype == target.dtype:
+        target.copy_(source, non_blocking=True)
+    else:
+        arrived = torch.empty_like(target, dtype=source.dtype)
+        target.copy_(arrived.copy_(source, non_blocking=True))
+    torch.cuda.current_stream((source if source.is_cuda else target).device).synchronize()

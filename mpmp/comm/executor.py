@@ -13,8 +13,7 @@ import hashlib
 import sys
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterator
 from functools import partial
 from typing import Any
 
@@ -24,10 +23,9 @@ from mpi4py import MPI
 from torch import Tensor
 
 from mpmp.comm.buffer import as_bytes, pieces
+from mpmp.comm.plan import Message, Plan, Spec, lower
 from mpmp.comm.world import World
 from mpmp.errors import TensorError
-from mpmp.programs import collectives
-from mpmp.programs.steps import NONE, Reduce, Round, Send
 
 OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "sum": torch.add,
@@ -35,86 +33,6 @@ OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "min": torch.minimum,
 }
 """How what arrives is combined with what is there; each takes (a, b, out=a)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """Elements [start, stop) of the buffer, to or from a peer."""
-
-    start: int
-    stop: int
-    peer: int
-    kind: str  # "send", "receive" (overwrites) or "reduce" (combines)
-    scratch: int | None  # where it lands; None: straight in the buffer
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """A program lowered for one rank: the messages of each round, in elements."""
-
-    title: str
-    rounds: tuple[tuple[Message, ...], ...]
-    bounds: tuple[int, ...]
-    scratch_elements: int
-
-
-@dataclass(frozen=True, slots=True)
-class Spec:
-    """What all ranks of a group must agree on; the key of a plan."""
-
-    collective: str
-    algorithm: str
-    dtype: torch.dtype
-    bounds: tuple[int, ...]
-    """Element offsets of the chunks, from 0 to the length of the buffer."""
-    op: str = "sum"
-    root: int | None = None
-
-    def __str__(self) -> str:
-        root = "" if self.root is None else f" from {self.root}"
-        sizes = [stop - start for start, stop in zip(self.bounds, self.bounds[1:], strict=False)]
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.collective}/{self.algorithm}/{self.op}{root} of {dtype} chunks {sizes}"
-
-
-def lower(spec: Spec, rank: int, size: int) -> Plan:
-    """Follow a program for one rank and give its chunks their elements."""
-    algorithm = collectives.find(spec.collective, spec.algorithm)
-    facts = {} if spec.root is None else {"root": spec.root}
-    rounds = [_lower_round(one, spec.bounds) for one in algorithm.program(rank, size, **facts)]
-    scratch = max(
-        (sum(m.stop - m.start for m in one if m.scratch is not None) for one in rounds), default=0
-    )
-    title = f"{spec.collective}/{spec.algorithm}"
-    return Plan(title, tuple(rounds), spec.bounds, scratch)
-
-
-def _lower_round(one: Round, bounds: tuple[int, ...]) -> tuple[Message, ...]:
-    def span(chunk: int, count: int) -> tuple[int, int]:
-        return bounds[chunk], bounds[chunk + count]
-
-    messages: list[Message] = []
-    for step in one.steps:
-        if not isinstance(step, Send) or step.to == NONE:
-            continue
-        start, stop = span(step.chunk, step.count)
-        if start < stop:
-            messages.append(Message(start, stop, step.to, "send", None))
-    sent = [(m.start, m.stop) for m in messages]
-    used = 0
-    for step in one.steps:
-        if isinstance(step, Send) or step.source == NONE:
-            continue
-        start, stop = span(step.chunk, step.count)
-        if start == stop:
-            continue
-        reduces = isinstance(step, Reduce)
-        # A send of this round may still be reading the buffer: what overlaps it waits in scratch.
-        aside = reduces or any(low < stop and start < high for low, high in sent)
-        kind = "reduce" if reduces else "receive"
-        messages.append(Message(start, stop, step.source, kind, used if aside else None))
-        used += stop - start if aside else 0
-    return tuple(messages)
 
 
 class Operation:
@@ -133,6 +51,7 @@ class Operation:
         self._prepared = (
             [self._post(one, prepare=True) for one in plan.rounds] if prepared else None
         )
+        self._statuses = [MPI.Status() for _ in range(self._most_requests())]
 
     def run(self, *, background: bool = False) -> None:
         """Carry the rounds out."""
@@ -147,7 +66,9 @@ class Operation:
                 requests = self._prepared[number]
                 MPI.Prequest.Startall(requests)
             describe = partial(self._describe, number, messages)
-            world.wait(requests, describe, background=background)
+            statuses = self._statuses[: len(requests)]
+            world.wait(requests, describe, statuses=statuses, background=background)
+            self._refuse_short(messages, statuses, describe)
             for message in messages:
                 if message.scratch is not None:
                     self._put(message)
@@ -163,14 +84,37 @@ class Operation:
     def _post(self, messages: tuple[Message, ...], *, prepare: bool) -> list[Any]:
         comm, requests = self.executor.comm, []
         send, receive = (comm.Send_init, comm.Recv_init) if prepare else (comm.Isend, comm.Irecv)
-        for message in messages:
+        for message, start, stop in self._parts(messages):
             memory, offset = self.buffer, 0
             if message.scratch is not None:
                 memory, offset = self._scratch, message.scratch - message.start
-            for start, stop in pieces(message.start, message.stop, memory.itemsize):
-                part = as_bytes(memory[start + offset : stop + offset])
-                requests.append((send if message.kind == "send" else receive)(part, message.peer))
+            part = as_bytes(memory[start + offset : stop + offset])
+            requests.append((send if message.kind == "send" else receive)(part, message.peer))
         return requests
+
+    def _most_requests(self) -> int:
+        return max((sum(1 for _ in self._parts(one)) for one in self.plan.rounds), default=0)
+
+    def _parts(self, messages: tuple[Message, ...]) -> Iterator[tuple[Message, int, int]]:
+        """The messages of a round, long ones in pieces: element ranges of the buffer."""
+        for message in messages:
+            for start, stop in pieces(message.start, message.stop, self.buffer.itemsize):
+                yield message, start, stop
+
+    def _refuse_short(
+        self,
+        messages: tuple[Message, ...],
+        statuses: list[MPI.Status],
+        describe: Callable[[], str],
+    ) -> None:
+        """MPI takes a message that is too short without a word, and leaves old bytes behind it."""
+        for (message, start, stop), status in zip(self._parts(messages), statuses, strict=True):
+            wanted = (stop - start) * self.buffer.itemsize
+            if message.kind != "send" and status.count != wanted:
+                raise TensorError(
+                    f"{describe()} sent {status.count} B where this rank expects {wanted} B; all "
+                    "ranks must make the same calls with the same shapes"
+                )
 
     def _put(self, message: Message) -> None:
         target = self.buffer[message.start : message.stop]
@@ -212,6 +156,8 @@ class Executor:
         self, world: World, comm: MPI.Intracomm, ranks: tuple[int, ...], name: str
     ) -> None:
         self.world, self.comm, self.ranks, self.name = world, comm, ranks, name
+        self.spent_s = 0.0
+        """Seconds this rank has spent in what it waited for at once."""
         self._plans: OrderedDict[Hashable, Plan] = OrderedDict()
         self._slots: OrderedDict[Hashable, Operation] = OrderedDict()
         self._bound: list[Operation] = []
@@ -278,6 +224,6 @@ class Executor:
         self.world.wait([request], lambda: f"all ranks of group {self.name} to agree on {spec}")
         if (all_ == mine).all():
             return
-        specs = self.comm.allgather(str(spec))
+        specs = self.world.gather_texts(str(spec), self.comm)
         said = "; ".join(f"rank {self.ranks[rank]}: {text}" for rank, text in enumerate(specs))
         raise TensorError(f"the ranks of group {self.name} disagree on what to do: {said}")

@@ -15,9 +15,12 @@ import torch
 from mpi4py import MPI
 from torch import Tensor
 
-from mpmp.comm.buffer import admit, as_bytes, pieces, wire_dtype
-from mpmp.comm.executor import Executor, Spec
-from mpmp.comm.progress import Handle, Progress
+from mpmp.comm.buffer import admit, load, wire_dtype
+from mpmp.comm.executor import Executor
+from mpmp.comm.plan import Spec
+from mpmp.comm.progress import Progress
+from mpmp.comm.started import PreparedAllreduce
+from mpmp.comm.transfer import Transfer
 from mpmp.config import Comm
 from mpmp.errors import TensorError
 from mpmp.programs import collectives
@@ -41,10 +44,13 @@ class Group:
         self._now, self._started, self._progress, self._settings = now, started, progress, settings
         self.name, self.ranks = now.name, now.ranks
         self.rank, self.size = now.comm.rank, now.comm.size
-        self.spent_s = 0.0
 
     def __repr__(self) -> str:
         return f"Group({self.name}, rank {self.rank} of {self.ranks})"
+
+    @property
+    def spent_s(self) -> float:
+        return self._now.spent_s
 
     # --- collectives ----------------------------------------------------------------------------
 
@@ -130,11 +136,11 @@ class Group:
 
     def send(self, x: Tensor, to: int, tag: int) -> Transfer:
         """Start sending to a rank of the group; ``wait`` before the tensor is written again."""
-        return Transfer(self, admit(x), to, tag, sends=True)
+        return Transfer(self._now, admit(x), to, tag, sends=True)
 
     def receive(self, out: Tensor, source: int, tag: int) -> Transfer:
         """Start receiving from a rank of the group; ``wait`` before the tensor is read."""
-        return Transfer(self, admit(out), source, tag, sends=False)
+        return Transfer(self._now, admit(out), source, tag, sends=False)
 
     def free(self) -> None:
         """Give the group's communicators back; nothing of it may be used afterwards."""
@@ -190,114 +196,10 @@ class Group:
         load(operation.buffer[at : at + x.numel()], x)
         operation.run()
         load(result, operation.buffer[start : start + result.numel()])
-        self.spent_s += time.perf_counter() - began
+        self._now.spent_s += time.perf_counter() - began
 
 
 def _rows(x: Tensor) -> int:
     if x.dim() == 0:
         raise TensorError("a tensor without dims cannot be scattered or gathered; give it one")
     return x.shape[0]
-
-
-def load(target: Tensor, source: Tensor) -> None:
-    """Copy between buffers of any dtype and device, ordered with the current stream.
-
-    A copy between a GPU and the host is complete on return: MPI may read what arrived, and the
-    host's memory may be filled again, for whatever stream.
-    """
-    if target.data_ptr() == source.data_ptr() and target.dtype == source.dtype:
-        return
-    if source.is_cuda == target.is_cuda:
-        target.copy_(source)
-        return
-    # Dtypes are converted on the GPU: torch would take pageable memory to do it on the host.
-    if source.is_cuda:
-        target.copy_(source.to(target.dtype), non_blocking=True)
-    elif source.dtype == target.dtype:
-        target.copy_(source, non_blocking=True)
-    else:
-        arrived = torch.empty_like(target, dtype=source.dtype)
-        target.copy_(arrived.copy_(source, non_blocking=True))
-    torch.cuda.current_stream((source if source.is_cuda else target).device).synchronize()
-
-
-class PreparedAllreduce:
-    """A sum over the group, bound to memory that stays; replayed by the progress thread."""
-
-    def __init__(self, executor: Executor, progress: Progress, spec: Spec, x: Tensor) -> None:
-        self._progress, self._x = progress, x
-        staged = x.is_cuda and not executor.world.cuda_aware
-        buffer = x
-        if staged or spec.dtype != x.dtype:
-            device = "cpu" if staged else x.device
-            buffer = torch.empty(x.numel(), dtype=spec.dtype, device=device, pin_memory=staged)
-        self._operation = executor.bind(spec, buffer, prepared=not buffer.is_cuda)
-        # A stream of its own: on the common one the sum would wait for all of backward. Entering
-        # it also makes its GPU the progress thread's; a new thread begins with GPU 0.
-        self._stream: torch.cuda.Stream | None = None
-        if x.is_cuda:
-            self._stream = torch.cuda.Stream(x.device)  # type: ignore[no-untyped-call]
-
-    def start(self) -> Handle:
-        """Start the sum of what is in the memory now; wait for the handle before reading it."""
-        if self._stream is None:
-            return self._progress.start(self._carry_out)
-        # A blocking event: the thread sleeps until the tensor was computed, and burns no core.
-        produced = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        torch.cuda.current_stream(self._x.device).record_event(produced)
-
-        def work() -> None:
-            with torch.cuda.stream(self._stream):
-                produced.synchronize()
-                self._carry_out()
-                # Whoever waits for the handle may read the sum on any stream.
-                torch.cuda.current_stream(self._x.device).synchronize()
-
-        return self._progress.start(work)
-
-    def _carry_out(self) -> None:
-        load(self._operation.buffer, self._x)
-        self._operation.run(background=True)
-        load(self._x, self._operation.buffer)
-
-
-class Transfer:
-    """A message under way. It keeps its memory alive; whoever started it waits for it."""
-
-    def __init__(self, group: Group, flat: Tensor, peer: int, tag: int, *, sends: bool) -> None:
-        self._group, self._flat, self._sends = group, flat, sends
-        self._peer, self._tag = group.ranks[peer], tag
-        executor = group._now
-        staged = flat.is_cuda and not executor.world.cuda_aware
-        self._host = (
-            torch.empty(flat.numel(), dtype=flat.dtype, pin_memory=True) if staged else flat
-        )
-        if sends:
-            load(self._host, flat)
-        if flat.is_cuda and not staged:
-            torch.cuda.current_stream(flat.device).synchronize()
-        post = executor.comm.Isend if sends else executor.comm.Irecv
-        self._requests = [
-            post(as_bytes(self._host[start:stop]), peer, tag)
-            for start, stop in pieces(0, flat.numel(), flat.itemsize)
-        ]
-        if executor.world.trace:
-            what = "send" if sends else "receive"
-            nbytes = flat.numel() * flat.itemsize
-            executor.trace(f"{what} {nbytes} B, tag {tag}, {self._towards()}")
-
-    def wait(self) -> None:
-        """Return when the tensor may be used again; the wait counts as the group's."""
-        world = self._group._now.world
-        self._group.spent_s += world.wait(
-            self._requests, lambda: f"a message {self._towards()} on group {self._group.name}"
-        )
-        if not self._sends:
-            load(self._flat, self._host)
-
-    def done(self) -> bool:
-        """Whether the message is through, without waiting."""
-        return bool(MPI.Request.Testall(self._requests))
-
-    def _towards(self) -> str:
-        return f"{'to' if self._sends else 'from'} rank {self._peer}"

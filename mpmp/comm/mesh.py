@@ -1,11 +1,11 @@
 """The mesh: ranks arranged on named axes, and a group with its own communicators for each.
 
-mesh = Mesh.over(world, pipeline=2, tensor=2)      # the data axis takes what is left
+With ``Mesh.over(world, pipeline=2, tensor=2)`` on eight ranks the data axis takes what is left:
 
-      tensor ->                      rank = (data * P + pipeline) * T + tensor
-pipeline  0 1 | 4 5                  mesh.tensor:    {0 1} {2 3} {4 5} {6 7}
-    |     2 3 | 6 7                  mesh.pipeline:  {0 2} {1 3} {4 6} {5 7}
-    v    data=0 data=1               mesh.data:      {0 4} {1 5} {2 6} {3 7}
+          tensor ->                      rank = (data * P + pipeline) * T + tensor
+    pipeline  0 1 | 4 5                  mesh.tensor:    {0 1} {2 3} {4 5} {6 7}
+        |     2 3 | 6 7                  mesh.pipeline:  {0 2} {1 3} {4 6} {5 7}
+        v    data=0 data=1               mesh.data:      {0 4} {1 5} {2 6} {3 7}
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from mpmp.comm.progress import Progress
 from mpmp.comm.world import World
 from mpmp.config import AXES, Comm, layout_name
 from mpmp.errors import LayoutError
+from mpmp.programs import collectives
 from mpmp.programs.partition import factorisations
 
 
@@ -75,6 +76,10 @@ class Mesh:
         sizes = fit(world.size, data, pipeline, tensor)
         index = _index(world.rank, sizes)
         settings = settings or Comm()
+        for collective in collectives.COLLECTIVES:
+            name = getattr(settings, collective)
+            if name != "auto":
+                collectives.find(collective, name)  # refuses an unknown one now, not at first use
         progress = Progress(world.overlap)
 
         def group(name: str, *axes: str, member: bool = True) -> Group | None:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import socket
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from mpi4py import MPI
 
 from mpmp.comm import ending
 from mpmp.comm.probe import probe, weakest
-from mpmp.errors import LaunchError, PeerError
+from mpmp.errors import LaunchError, PeerError, TensorError
 from mpmp.launcher import told_local_rank, told_size
 
 # How long a waiter spins, yields and naps before it sleeps: small messages take microseconds, and
@@ -62,6 +64,7 @@ class World:
         requests: Sequence[MPI.Request],
         waiting_for: Callable[[], str],
         *,
+        statuses: list[MPI.Status] | None = None,
         background: bool = False,
         limit_s: float | None = None,
     ) -> float:
@@ -70,15 +73,36 @@ class World:
         Written in Python on purpose: inside a blocking MPI call no signal handler would run and
         no limit could end the wait. ``background`` naps from the start (the thread that drives
         started operations must not take the core from the computation). Raises PeerError after
-        ``limit_s`` seconds or when a peer has left the job.
+        ``limit_s`` seconds or when a peer has left the job, TensorError where a message is longer
+        than its place; ``statuses``, one a request, are filled in.
         """
-        if MPI.Request.Testall(requests):
+        try:
+            return self._wait(requests, waiting_for, statuses, background, limit_s)
+        except MPI.Exception as error:
+            if error.Get_error_class() in (MPI.ERR_TRUNCATE, MPI.ERR_IN_STATUS):
+                raise TensorError(
+                    f"{waiting_for()} sent more than this rank expects; all ranks must make the "
+                    "same calls with the same shapes"
+                ) from error
+            raise PeerError(
+                f"MPI gave up on {waiting_for()}: {error.Get_error_string()}"
+            ) from error
+
+    def _wait(
+        self,
+        requests: Sequence[MPI.Request],
+        waiting_for: Callable[[], str],
+        statuses: list[MPI.Status] | None,
+        background: bool,
+        limit_s: float | None,
+    ) -> float:
+        if MPI.Request.Testall(requests, statuses):
             return 0.0
         start = time.perf_counter()
         limit = self.limit_s if limit_s is None else limit_s
         spins = 0
         next_look = _NAP_UNTIL_S
-        while not MPI.Request.Testall(requests):
+        while not MPI.Request.Testall(requests, statuses):
             spins += 1
             if spins < _SPINS and not background:
                 continue
@@ -114,15 +138,17 @@ class World:
         done = self.control.Ibarrier()
         self.wait([note, done], lambda: "the others to finish", limit_s=float("inf"))
 
-    def broadcast_text(self, text: str) -> str:
-        """Rank 0's text on every rank (set-up only)."""
-        received = self.comm.bcast(text, root=0)
-        assert isinstance(received, str)
-        return received
-
-    def gather_texts(self, text: str) -> list[str]:
-        """Every rank's text on every rank (set-up and closing only)."""
-        return list(self.comm.allgather(text))
+    def gather_texts(self, text: str, comm: MPI.Intracomm | None = None) -> list[str]:
+        """Every rank's text on every rank of the world (or of another communicator)."""
+        comm = comm or self.comm
+        own = np.frombuffer(text.encode(), dtype=np.uint8)
+        lengths = np.empty(comm.size, dtype=np.int64)
+        request = comm.Iallgather(np.array([own.size]), lengths)
+        self.wait([request], lambda: "all ranks to say something")
+        every = np.empty(int(lengths.sum()), dtype=np.uint8)
+        request = comm.Iallgatherv(own, [every, lengths.tolist()])
+        self.wait([request], lambda: "all ranks to say something")
+        return [piece.tobytes().decode() for piece in np.split(every, np.cumsum(lengths)[:-1])]
 
 
 _world: World | None = None
@@ -146,7 +172,10 @@ def start(device: str = "auto", limit_s: float = 600.0) -> World:
     if MPI.Is_initialized():
         thread_level = MPI.Query_thread()  # a program that imported mpi4py.MPI before us
     else:
-        thread_level = MPI.Init_thread(MPI.THREAD_MULTIPLE)
+        with warnings.catch_warnings():
+            # mpi4py warns of a foreign launcher; _refuse_lone_ranks says what to do about it.
+            warnings.simplefilter("ignore", RuntimeWarning)
+            thread_level = MPI.Init_thread(MPI.THREAD_MULTIPLE)
     comm = MPI.COMM_WORLD
     _refuse_lone_ranks(comm.size)
     found = weakest(comm.allgather(verdict))
@@ -170,7 +199,7 @@ def start(device: str = "auto", limit_s: float = 600.0) -> World:
         limit_s=limit_s,
     )
     torch.set_num_threads(world.threads)
-    job = world.broadcast_text(f"{os.getpid()}.{time.time_ns()}")
+    job = world.gather_texts(f"{os.getpid()}.{time.time_ns()}")[0]
     ledger = ending.open_ledger(job)
     host_comm.Barrier()
     if world.local_rank == 0:

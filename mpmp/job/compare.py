@@ -1,4 +1,4 @@
-"""A layout compared with one process: loss, every gradient, every weight after some steps.
+"""A layout compared with one process: loss, norm, gradients, and weights after some steps.
 
 The same model is trained on all ranks in the layout and on rank 0 alone. The error of a tensor is
 max|a - b| / max(max|b|, 1e-3 x the largest max|b| of its kind), a the layout's, b the one
@@ -66,9 +66,10 @@ def compare(config: Config, mesh: Mesh, batches: Batches, steps: int, limit: flo
         gradients = merge(ours.gradients(), mesh)
         if theirs is not None:
             expected = theirs.step(number, number / steps)
-            error = abs(step.loss - expected.loss) / abs(expected.loss)
-            result.note("loss", f"of step {number}", error, limit)
+            result.note("loss", f"of step {number}", _relative(step.loss, expected.loss), limit)
             _note_all(result, "gradient", gradients, _plain(theirs.gradients()), limit)
+            # Taken before clipping, which makes a common factor of all gradients vanish.
+            result.note("norm", f"of step {number}", _relative(step.norm, expected.norm), limit)
     weights = merge(ours.weights(), mesh)
     if theirs is not None:
         _note_all(result, "weight", weights, _plain(theirs.weights()), limit)
@@ -84,6 +85,10 @@ def batches_digest(mesh: Mesh, batches: Batches, count: int = 100) -> str:
         for own in batches.batch(number, *cuts[mesh.data.rank]):
             sha.update(mesh.data.allgather(own.contiguous(), lengths).numpy().tobytes())
     return sha.hexdigest()
+
+
+def _relative(ours: float, theirs: float) -> float:
+    return abs(ours - theirs) / abs(theirs)
 
 
 def _plain(shards: Mapping[str, tuple[object, Tensor]]) -> dict[str, Tensor]:

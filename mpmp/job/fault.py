@@ -56,7 +56,7 @@ def fault_of(text: str | None) -> Fault | None:
         )
     except (KeyError, ValueError):
         facts = {"": ""}
-    if facts or kind not in _KINDS:
+    if facts or kind not in _KINDS or min(fault.rank, fault.step) < 0 or not fault.seconds >= 0:
         raise ConfigError(
             f"MPMP_FAULT={text} is not understood; write kind:rank=1:step=5 "
             f"with a kind of {', '.join(_KINDS)}"

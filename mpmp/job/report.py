@@ -9,8 +9,12 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
+
+from mpmp.errors import InputOutputError
 
 
 class Reporter:
@@ -81,21 +85,33 @@ class Metrics:
     """``metrics.jsonl``: one JSON object a line, appended as things happen, on rank 0."""
 
     def __init__(self, path: Path, writes: bool, resume_from: int | None) -> None:
+        self._path = path
         self._file: TextIO | None = None
         if not writes:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = []
-        if resume_from is not None and path.exists():
-            # Steps after the checkpoint will be taken again.
-            kept = [line for line in path.read_text().splitlines() if _step(line) <= resume_from]
-        self._file = path.open("w", encoding="utf-8")
-        self._file.writelines(line + "\n" for line in kept)
+        with self._named_errors():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            kept = []
+            if resume_from is not None and path.exists():
+                # Steps after the checkpoint will be taken again.
+                lines = path.read_text().splitlines()
+                kept = [line for line in lines if _step(line) <= resume_from]
+            self._file = path.open("w", encoding="utf-8")
+            self._file.writelines(line + "\n" for line in kept)
+            self._file.flush()
 
     def write(self, **values: Any) -> None:
         if self._file is not None:
-            self._file.write(json.dumps(values) + "\n")
-            self._file.flush()
+            with self._named_errors():
+                self._file.write(json.dumps(values) + "\n")
+                self._file.flush()
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise InputOutputError(f"{self._path} cannot be written: {error.strerror}") from error
 
 
 def _step(line: str) -> float:

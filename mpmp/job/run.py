@@ -46,6 +46,7 @@ class Run:
         self.show = Reporter(mesh.world.rank == 0, config.train.log_every)
         self.tokens_per_step = config.train.batch * config.model.context
         self.saved = -1
+        self.elapsed_s = 0.0
 
     def all(self) -> None:
         with checkpoint.locked(self.folder, self.mesh):
@@ -70,20 +71,20 @@ class Run:
         """Take steps until they, or the minutes, are used up; the number of the next step."""
         train, save_every = self.config.train, self.config.checkpoint.every
         stopwatch, laps = Stopwatch(self.training), []
-        self.training.began = time.perf_counter()
-        number, elapsed_s = first, 0.0
-        while (train.steps is None or number < train.steps) and elapsed_s < train.limit_s:
+        self.training.began = time.perf_counter() - self.elapsed_s
+        number = first
+        while (train.steps is None or number < train.steps) and self.elapsed_s < train.limit_s:
             if self.fault is not None:
                 self.fault.strike(self.mesh.world.rank, number)
             if train.steps is None:
-                progress = elapsed_s / train.limit_s
+                progress = self.elapsed_s / train.limit_s
             else:
                 progress = number / train.steps
             step = self.training.step(number, progress)
-            elapsed_s = step.elapsed_s
+            self.elapsed_s = step.elapsed_s
             laps.append(stopwatch.lap())
             number += 1
-            self._show_step(number, first, step, laps[-1])
+            self._show_step(number, step, laps)
             if train.eval_every and number % train.eval_every == 0:
                 self._validate(number)
                 stopwatch.lap()
@@ -92,13 +93,13 @@ class Run:
                 stopwatch.lap()
         return number, laps
 
-    def _show_step(self, number: int, first: int, step: Step, lap: Shares) -> None:
-        train = self.config.train
+    def _show_step(self, number: int, step: Step, laps: list[Shares]) -> None:
+        train, lap = self.config.train, laps[-1]
         speed = self.tokens_per_step / lap.total_s
         left_s = train.limit_s - step.elapsed_s
         if train.steps is not None:
-            mean_s = step.elapsed_s / (number - first)
-            left_s = min(left_s, mean_s * (train.steps - number))
+            recent = [one.total_s for one in laps[-100:]]
+            left_s = min(left_s, sum(recent) / len(recent) * (train.steps - number))
         of = "" if train.steps is None else f"/{train.steps}"
         self.show.progress(
             number,
@@ -146,7 +147,7 @@ class Run:
                     "in this run; use the settings of the checkpoint"
                 )
         self.training.load_state(loaded.tensors)
-        self.saved = loaded.step
+        self.saved, self.elapsed_s = loaded.step, float(loaded.meta.get("elapsed_s", 0.0))
         self.show.line(f"resumed from {loaded.path} after step {loaded.step}")
         for setting, (old, new) in changes.items():
             if not setting.startswith("checkpoint."):
@@ -155,7 +156,11 @@ class Run:
 
     def _save(self, number: int) -> None:
         # Data order and dropout are functions of the step and of seeds among the settings.
-        meta = {"config_sha256": config_hash(self.config), "config": to_dict(self.config)}
+        meta = {
+            "config_sha256": config_hash(self.config),
+            "config": to_dict(self.config),
+            "elapsed_s": self.elapsed_s,
+        }
         keep = self.config.checkpoint.keep
         path = checkpoint.save(self.folder, number, self.training.state(), meta, self.mesh, keep)
         self.saved = number

@@ -23,11 +23,14 @@ def sample(training: Training, prompt: str, num_tokens: int, seed: int) -> str:
     key = counter.key_of(seed, "sample")
     context = training.config.model.context
     for number in range(num_tokens):
-        window = torch.tensor([ids[-context:]], device=device)
+        # Filled up behind, where nobody attends to it: messages of one length need one plan.
+        recent = ids[-context:]
+        window = torch.tensor([recent + [0] * (context - len(recent))], device=device)
         hidden = training.pipeline.hidden(window)
         token = torch.zeros(1, dtype=torch.int64, device=device)
         if training.mesh.is_last_stage:
-            logits = training.stage.logits(hidden[:, -1:])[0, 0].double() / _TEMPERATURE
+            last = hidden[:, len(recent) - 1 : len(recent)]
+            logits = training.stage.logits(last)[0, 0].double() / _TEMPERATURE
             index = number * len(logits) + torch.arange(len(logits), device=device)
             # The largest of logits + Gumbel noise is a draw from their softmax.
             gumbel = -torch.log(-torch.log(counter.uniform(key, index).clamp_min(1e-300)))

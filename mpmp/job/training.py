@@ -79,7 +79,7 @@ class Training:
                 "lower --optimizer.learning-rate or use --train.dtype float32"
             )
         clip_(self.parameters, norm, self.config.optimizer.clip)
-        rate = learning_rate(self.config.optimizer, progress)
+        rate = learning_rate(self.config.optimizer, number, progress)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()

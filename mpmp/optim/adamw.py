@@ -33,11 +33,12 @@ def make_optimizer(
     )
 
 
-def learning_rate(settings: config.Optimizer, progress: float) -> float:
-    """Linear warm-up, then half a cosine down to the final fraction; ``progress`` in [0, 1]."""
-    if progress < settings.warmup_fraction:
-        return settings.learning_rate * max(progress / settings.warmup_fraction, 0.01)
-    rest = (progress - settings.warmup_fraction) / max(1e-9, 1 - settings.warmup_fraction)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, rest)))
+def learning_rate(settings: config.Optimizer, step: int, progress: float) -> float:
+    """Half a cosine down to the final fraction over ``progress`` in [0, 1], times the warm-up.
+
+    The warm-up climbs linearly over the first steps, ``step`` counted from 0.
+    """
+    warmup = min(1.0, (step + 1) / max(1, settings.warmup_steps))
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     final = settings.final_fraction
-    return settings.learning_rate * (final + (1 - final) * cosine)
+    return settings.learning_rate * warmup * (final + (1 - final) * cosine)

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from mpmp.comm.agreement import exchange
 from mpmp.comm.mesh import Mesh
 from mpmp.parallel.placement import Placement
 
@@ -34,7 +35,7 @@ def merge(tensors: Mapping[str, tuple[Placement, Tensor]], mesh: Mesh) -> dict[s
             for name, (placement, shard) in own.items()
         ]
     )
-    tables = [json.loads(text) for text in mesh.world.gather_texts(table)] if group.size > 1 else []
+    tables = [json.loads(text) for text in exchange(table, mesh)]
     if group.rank != 0:
         for placement, shard in own.values():
             assert tuple(shard.shape) == placement.local_shape

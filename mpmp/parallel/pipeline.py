@@ -19,8 +19,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mpmp.comm.group import Transfer
 from mpmp.comm.mesh import Mesh
+from mpmp.comm.transfer import Transfer
 from mpmp.parallel.data import GradientBuckets
 from mpmp.programs import schedules
 from mpmp.programs.steps import BACKWARD, FORWARD, Action

@@ -25,7 +25,7 @@ ANY_SIGN = {("model", "seed"), ("data", "seed")}
 ZERO_MEANS_SOMETHING = ANY_SIGN | {
     ("model", "dropout"),
     ("optimizer", "final_fraction"),
-    ("optimizer", "warmup_fraction"),
+    ("optimizer", "warmup_steps"),
     ("optimizer", "weight_decay"),
     ("optimizer", "beta1"),
     ("optimizer", "beta2"),
@@ -72,7 +72,6 @@ def test_no_rate_may_be_nan(section: str, name: str, value: float) -> None:
     [
         ("model", "dropout"),
         ("optimizer", "learning_rate"),
-        ("optimizer", "weight_decay"),
         ("optimizer", "beta1"),
         ("optimizer", "beta2"),
     ],

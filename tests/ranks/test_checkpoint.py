@@ -20,7 +20,7 @@ from mpmp.programs.partition import factorisations
 @pytest.fixture
 def run(tmp_path: Path, world: World) -> Path:
     """One folder for all ranks."""
-    return Path(world.broadcast_text(str(tmp_path))) / "run"
+    return Path(world.gather_texts(str(tmp_path))[0]) / "run"
 
 
 def meshes(world: World) -> Iterator[Mesh]:

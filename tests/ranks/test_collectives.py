@@ -219,3 +219,37 @@ def test_plans_and_slots_stay_few(world, monkeypatch):
         assert bool((mesh.tensor.allreduce(x) == world.size).all())
     assert len(mesh.tensor._now._plans) == 8 and len(mesh.tensor._now._slots) == 4
     mesh.free()
+
+
+@pytest.mark.ranks(2, 3)
+@pytest.mark.parametrize("root_is_longer", (True, False), ids=("longer", "shorter"))
+def test_a_message_of_another_length_than_planned_is_never_taken(world, root_is_longer):
+    """Both lengths were planned before, so nothing is compared; MPI alone would say nothing."""
+    mesh = mpmp.mesh(tensor=world.size)
+    for length in (4, 6):
+        mesh.tensor.broadcast(torch.zeros(length))
+    is_root = mesh.tensor.rank == 0
+    length = 6 if is_root == root_is_longer else 4
+    if is_root:
+        mesh.tensor.broadcast(torch.zeros(length))
+    else:
+        with pytest.raises(TensorError, match="same shapes"):
+            mesh.tensor.broadcast(torch.zeros(length))
+
+
+@pytest.mark.ranks(2)
+def test_a_short_message_between_two_ranks_is_never_taken(world):
+    mesh = mpmp.mesh(tensor=2)
+    if world.rank == 0:
+        mesh.tensor.send(torch.zeros(3), 1, 0).wait()
+    else:
+        with pytest.raises(TensorError, match="12 B, this rank expects 16 B"):
+            mesh.tensor.receive(torch.zeros(4), 0, 0).wait()
+
+
+def test_an_unknown_algorithm_among_the_settings_is_refused_at_once(world):
+    from mpmp.comm.mesh import Mesh
+    from mpmp.config import Comm
+
+    with pytest.raises(ConfigError, match="no reduce_scatter algorithm"):
+        Mesh.over(world, settings=Comm(reduce_scatter="nonsense"))

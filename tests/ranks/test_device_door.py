@@ -18,8 +18,8 @@ from mpi4py import MPI
 from torch import Tensor
 
 from mpmp.comm import probe
-from mpmp.comm.buffer import admit
-from mpmp.comm.group import SLOT_BYTES, Group, load
+from mpmp.comm.buffer import admit, load
+from mpmp.comm.group import SLOT_BYTES, Group
 from mpmp.comm.mesh import Mesh
 from mpmp.comm.world import World
 from mpmp.errors import TensorError

@@ -2,8 +2,9 @@
 
       0 -> 1          p-1 rounds. Chunk c starts at rank c and travels once round.
       ^    |          Each rank sends (p-1)/p n bytes.
+      3 <- 2
 
-3 <- 2          Patarasuk & Yuan 2009.
+Patarasuk and Yuan 2009.
 """
 
 from __future__ import annotations

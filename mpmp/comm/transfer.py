@@ -1,0 +1,59 @@
+"""Messages between two ranks of a group."""
+
+from __future__ import annotations
+
+import torch
+from mpi4py import MPI
+from torch import Tensor
+
+from mpmp.comm.buffer import as_bytes, load, pieces
+from mpmp.comm.executor import Executor
+from mpmp.errors import TensorError
+
+
+class Transfer:
+    """A message under way. It keeps its memory alive; whoever started it waits for it."""
+
+    def __init__(
+        self, executor: Executor, flat: Tensor, peer: int, tag: int, *, sends: bool
+    ) -> None:
+        self._executor, self._flat, self._sends = executor, flat, sends
+        self._peer = executor.ranks[peer]
+        staged = flat.is_cuda and not executor.world.cuda_aware
+        self._host = (
+            torch.empty(flat.numel(), dtype=flat.dtype, pin_memory=True) if staged else flat
+        )
+        if sends:
+            load(self._host, flat)
+        if flat.is_cuda and not staged:
+            torch.cuda.current_stream(flat.device).synchronize()
+        post = executor.comm.Isend if sends else executor.comm.Irecv
+        self._requests = [
+            post(as_bytes(self._host[start:stop]), peer, tag)
+            for start, stop in pieces(0, flat.numel(), flat.itemsize)
+        ]
+        if executor.world.trace:
+            what = "send" if sends else "receive"
+            nbytes = flat.numel() * flat.itemsize
+            executor.trace(f"{what} {nbytes} B, tag {tag}, {self._towards()}")
+
+    def wait(self) -> None:
+        """Return when the tensor may be used again; the wait counts as the group's."""
+        executor, statuses = self._executor, [MPI.Status() for _ in self._requests]
+        executor.spent_s += executor.world.wait(self._requests, self._describe, statuses=statuses)
+        if self._sends:
+            return
+        arrived, wanted = sum(one.count for one in statuses), self._flat.nbytes
+        if arrived != wanted:
+            raise TensorError(f"{self._describe()} has {arrived} B, this rank expects {wanted} B")
+        load(self._flat, self._host)
+
+    def done(self) -> bool:
+        """Whether the message is through, without waiting."""
+        return bool(MPI.Request.Testall(self._requests))
+
+    def _describe(self) -> str:
+        return f"a message {self._towards()} on group {self._executor.name}"
+
+    def _towards(self) -> str:
+        return f"{'to' if self._sends else 'from'} rank {self._peer}"

@@ -1,0 +1,179 @@
+"""What the README promises: every command in it runs, every link leads somewhere, its code is ours.
+
+Commands are taken from README.md itself. Trainings are run as they stand there, with a small text
+and model appended; make's targets are held against their recipes, which are run the same way.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import shlex
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from harness import ROOT, Run, run_ranks
+from mpmp import errors
+from mpmp.programs.collectives.allreduce_ring import allreduce_ring
+from system.small import HOME, SMALL, alone, plant_text
+
+README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+PAGES += sorted((ROOT / "docs").rglob("*.md"))
+
+
+def blocks(kind: str, text: str = README) -> list[str]:
+    """The contents of the fenced blocks of a kind."""
+    return re.findall(rf"^```{kind}\n(.*?)^```$", text, re.M | re.S)
+
+
+@dataclass(frozen=True)
+class Command:
+    """A line of the README: its words, and the exit code that its comment promises."""
+
+    line: str
+
+    @property
+    def words(self) -> list[str]:
+        return shlex.split(self.line.removeprefix("$ "), comments=True)
+
+    @property
+    def rc(self) -> int:
+        promised = re.search(r"# ends with (\d+)", self.line)
+        return int(promised[1]) if promised else 0
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return dict(word.split("=", 1) for word in self.words if re.match(r"[A-Z_]+=", word))
+
+    def starts(self) -> tuple[int, list[str]]:
+        """Ranks that it starts (0 without a launcher), and the arguments given to Python."""
+        words = self.words[len(self.environment) :]
+        num_ranks = 0
+        if words[0] == "mpirun":
+            assert words[1] == "-n", self.line
+            num_ranks, words = int(words[2]), words[3:]
+        assert words[:2] == ["python", "-m"], f"no command that this test knows: {self.line}"
+        return num_ranks, words[1:]
+
+
+COMMANDS = [
+    Command(line)
+    for block in blocks("(?:sh|console)")
+    for line in block.splitlines()
+    if line.strip() and not line.startswith("#")
+]
+MAKE = [command for command in COMMANDS if command.words[0] == "make"]
+TYPED = [command for command in COMMANDS if command not in MAKE]
+
+
+def run(command: Command, folder: Path) -> Run:
+    plant_text(folder)
+    num_ranks, arguments = command.starts()
+    if "mpmp.verify" in arguments:
+        arguments += ["--data.path", "text.txt", "--train.steps", "1", "--train.batch", "8"]
+        arguments += ["--model.width", "32", "--model.context", "8"]
+    else:
+        arguments += SMALL
+        if not {"--train.steps", "--train.minutes"} & set(arguments):
+            arguments += ["--train.steps", "3"]
+    # One thread a rank: there are more ranks here than cores.
+    env = {**HOME, "OMP_NUM_THREADS": "1", **command.environment}
+    if num_ranks == 0:
+        return alone(arguments, folder, env)
+    return run_ranks(num_ranks, arguments, cwd=folder, env=env, timeout=150)
+
+
+def recipe(target: str) -> list[str]:
+    """What make would run, none of it run."""
+    if shutil.which("make") is None:
+        pytest.skip("optional data: no make on this machine")
+    done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("command", TYPED, ids=[" ".join(one.words) for one in TYPED])
+def test_a_command_typed_by_hand(command: Command, tmp_path: Path) -> None:
+    ended = run(command, tmp_path)
+    assert ended.rc == command.rc and not ended.timed_out, ended.text
+    if command.rc:
+        assert ended.stderr.startswith("[rank 1/4 "), ended.text
+    elif "mpmp.verify" in command.words:
+        assert "verify dp" in ended.stdout, ended.text
+    else:
+        assert "load balance" in ended.stdout, ended.text
+        assert list(tmp_path.glob("runs/*/model.safetensors")), ended.text
+
+
+@pytest.mark.parametrize("command", MAKE, ids=[" ".join(one.words) for one in MAKE])
+def test_a_target_of_make_exists(command: Command) -> None:
+    assert len(command.words) == 2 and recipe(command.words[1])
+
+
+def test_make_train_runs_what_the_readme_says(tmp_path: Path) -> None:
+    last = recipe("train")[-1]
+    assert "source ./env.sh" in last
+    command = Command(last[last.index("mpirun") :])
+    assert command.line == "mpirun -n 2 python -m mpmp.train --parallel.tensor 2"
+    ended = run(command, tmp_path)
+    assert ended.rc == 0 and "dp1.pp1.tp2" in ended.stdout, ended.text
+
+
+def test_make_test_runs_all_tests_on_both_libraries() -> None:
+    lines = recipe("test")
+    assert any(line.endswith(".venv/bin/python -m pytest") for line in lines)
+    assert any(".venv-mpich/bin/python -m pytest" in line for line in lines)
+
+
+def test_the_ring_is_the_one_that_runs() -> None:
+    shown = next(block for block in blocks("python") if "def allreduce_ring" in block)
+
+    def body(source: str) -> list[str]:
+        function = ast.parse(source).body[0]
+        assert isinstance(function, ast.FunctionDef)
+        return [ast.unparse(statement) for statement in function.body]
+
+    assert body(shown) == body(inspect.getsource(allreduce_ring))
+
+
+def test_the_programs_are_checked_simulated_and_drawn(tmp_path: Path) -> None:
+    script = tmp_path / "shown.py"
+    script.write_text(next(block for block in blocks("python") if "draw_collective" in block))
+    ended = alone([str(script)], tmp_path)
+    assert ended.rc == 0 and "0 +> 1" in ended.stdout, ended.text
+
+
+def test_the_library(tmp_path: Path) -> None:
+    shown = next(block for block in blocks("python") if "mpmp.mesh(" in block)
+    script = tmp_path / "shown.py"
+    script.write_text(f"{shown}\nassert total.tolist() == 3 * [1.0 + 4 * mesh.index['data']]\n")
+    ended = run_ranks(4, [script], cwd=tmp_path, env=HOME, timeout=60)
+    assert ended.rc == 0 and ended.left_behind == 0, ended.text
+
+
+def test_every_exit_code_is_told() -> None:
+    kinds = [one for one in vars(errors).values() if inspect.isclass(one)]
+    codes = {int(one.exit_code) for one in kinds if issubclass(one, errors.MpmpError)}
+    told = {int(code) for code in re.findall(r"\| (\d+) \|", README)}
+    assert codes <= told, f"not in the README: {codes - told}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_every_link_leads_somewhere(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
+    ours = [target for target in targets if not target.startswith(("http", "#"))]
+    dead = [target for target in ours if not (page.parent / target.partition("#")[0]).exists()]
+    assert not dead, f"{page.name} links to {dead}"
+
+
+def test_the_index_names_every_page() -> None:
+    index = (ROOT / "docs" / "README.md").read_text()
+    pages = [page.relative_to(ROOT / "docs").as_posix() for page in PAGES if "docs" in page.parts]
+    missing = [page for page in pages if page != "README.md" and f"({page})" not in index]
+    assert not missing

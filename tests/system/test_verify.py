@@ -1,0 +1,163 @@
+"""verify: every layout equals one process to 1e-10, and bugs planted at the seams are named."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from shlex import split
+
+import pytest
+
+from harness import Run, run_ranks
+from mpmp.programs.partition import factorisations
+from system.small import HOME, PLANTED, ended, plant_text
+
+LINE = re.compile(
+    r"verify (?P<layout>\S+): (?P<errors>.*)   "
+    r"weights sha256 (?P<weights>[0-9a-f]{16})   batches sha256 (?P<batches>[0-9a-f]{16})"
+)
+ERROR = re.compile(r"([a-z][a-z ]*) ([0-9.]+e[-+][0-9]+|nan|inf)")
+TINY = split("--model.layers 4 --model.heads 2 --model.width 16 --train.batch 4")
+
+
+def verify(n: int, *args: str, cwd: Path, timeout: float = 200) -> list[dict[str, str]]:
+    """What verify printed of each layout, all errors seen to be small."""
+    run = run_ranks(n, ["-m", "mpmp.verify", *args], cwd=cwd, env=HOME, timeout=timeout)
+    return proved(run)
+
+
+def proved(run: Run) -> list[dict[str, str]]:
+    assert run.rc == 0 and run.left_behind == 0, run.text
+    found = [match.groupdict() for match in LINE.finditer(run.stdout)]
+    assert found, run.text
+    for one in found:
+        errors = {kind.strip(): float(error) for kind, error in ERROR.findall(one["errors"])}
+        assert {"initial weight", "loss", "gradient", "weight"} <= errors.keys(), run.text
+        assert all(error <= 1e-10 for error in errors.values()), run.text
+    return found
+
+
+def layouts(n: int) -> list[str]:
+    return [f"dp{data}.pp{pipeline}.tp{tensor}" for data, pipeline, tensor in factorisations(n, 3)]
+
+
+# --- the layouts of the issue, with verify's own model --------------------------------------------
+
+
+@pytest.mark.mpich_too
+def test_all_layouts_of_4_ranks(tmp_path: Path) -> None:
+    found = verify(4, "--layout", "all", cwd=tmp_path)
+    assert [one["layout"] for one in found] == layouts(4), found
+    assert len({(one["weights"], one["batches"]) for one in found}) == 1, found
+
+
+def test_1_and_8_ranks_start_from_the_same_weights_and_batches(tmp_path: Path) -> None:
+    alone = verify(1, "--layout", "all", cwd=tmp_path)
+    eight = verify(8, "--layout", "dp2.pp2.tp2", cwd=tmp_path)
+    assert [one["layout"] for one in alone + eight] == ["dp1.pp1.tp1", "dp2.pp2.tp2"]
+    assert len({(one["weights"], one["batches"]) for one in alone + eight}) == 1, (alone, eight)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_all_layouts_of_all_worlds(tmp_path: Path) -> None:
+    hashes = set()
+    for n in (1, 2, 3, 4, 6, 8):
+        found = verify(n, "--layout", "all", cwd=tmp_path, timeout=600)
+        assert [one["layout"] for one in found] == layouts(n), found
+        hashes |= {(one["weights"], one["batches"]) for one in found}
+    assert len(hashes) == 1, hashes
+
+
+# --- what does not divide, and other ways through the pipeline ------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("n", "args"),
+    [
+        # vocabulary 257 and heads: neither divides by 3
+        (3, "--parallel.tensor 3 --model.heads 4"),
+        # replicas of 7 and 6 sequences, in microbatches of 3, 2, 2 and 2, 2, 2
+        (
+            4,
+            "--layout dp2.pp2 --train.batch 13 --parallel.microbatches 3 --parallel.schedule gpipe",
+        ),
+        (2, "--layout pp2 --train.batch 5 --model.no_tied --model.layers 3"),
+    ],
+    ids=["uneven tensor", "uneven batch, gpipe", "untied, uneven layers"],
+)
+def test_odd_cuts(n: int, args: str, tmp_path: Path) -> None:
+    assert len(verify(n, *args.split(), cwd=tmp_path)) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [2, 3, 4])
+@pytest.mark.parametrize(
+    "args",
+    [
+        "--parallel.schedule gpipe",
+        "--model.no_tied",
+        "--train.batch 13 --parallel.microbatches 3",
+        "--parallel.bucket_mb 0.001",
+        "--model.dropout 0 --optimizer.clip 0.01",
+        "--comm.allreduce ring --comm.broadcast binomial",
+        "--comm.allreduce recursive_doubling",
+    ],
+)
+def test_odd_cuts_at_all_layouts(n: int, args: str, tmp_path: Path) -> None:
+    assert verify(n, "--layout", "all", *args.split(), cwd=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ("--layout tp2 --model.heads 1", ("tensor ranks (2)", "heads (1)")),
+        ("--layout pp2 --model.layers 1", ("stages (2)", "layers (1)")),
+    ],
+    ids=["heads", "layers"],
+)
+def test_ranks_that_would_have_nothing_are_refused(
+    args: str, words: tuple[str, ...], tmp_path: Path
+) -> None:
+    run = run_ranks(2, ["-m", "mpmp.verify", *args.split()], cwd=tmp_path, env=HOME)
+    ended(run, 3, *words)
+
+
+# --- planted bugs ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("bug", "args"),
+    [
+        pytest.param("gradients_not_summed", "--layout dp2", marks=pytest.mark.mpich_too),
+        ("loss_of_the_replica", "--layout dp2"),
+        ("weights_swapped", "--layout pp2"),
+        ("blocks_swapped", "--layout pp2"),
+        ("replicate_without_backward", "--layout tp2"),
+        ("bias_on_every_rank", "--layout tp2"),
+        ("norm_counts_copies", "--layout tp2 --optimizer.clip 0.1"),
+        ("dropout_of_local_samples", "--layout dp2"),
+        ("tied_ends_not_summed", "--layout pp2"),
+        pytest.param("dropout_of_local_heads", "--layout tp2", marks=pytest.mark.slow),
+        pytest.param(
+            "last_bucket_not_summed",
+            "--layout dp2 --parallel.bucket_mb 0.01",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_a_planted_bug_is_named(bug: str, args: str, tmp_path: Path) -> None:
+    plant_text(tmp_path)
+    command = [PLANTED / "wrong.py", bug, *args.split(), *TINY, "--data.path", "text.txt"]
+    run = run_ranks(2, command, cwd=tmp_path, env=HOME)
+    line = ended(run, 1, "verify dp", "differs from one process by")
+    kinds = r"(loss of step \d|initial weight \S+|gradient \S+|weight \S+) differs"
+    if bug == "norm_counts_copies":
+        kinds = kinds.replace("(", "(norm of step \\d|")
+    assert re.search(kinds, line), run.text
+
+
+def test_the_same_command_without_a_bug(tmp_path: Path) -> None:
+    plant_text(tmp_path)
+    args = split("--layout tp2 --optimizer.clip 0.1 --data.path text.txt")
+    assert len(verify(2, *args, *TINY, cwd=tmp_path)) == 1
