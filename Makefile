@@ -6,7 +6,7 @@ BIN := .venv/bin
 # What stands before a command that starts ranks, as if typed in `make shell`.
 HERE := source ./env.sh && PATH="$(CURDIR)/$(BIN):$$PATH"
 
-.PHONY: help env env-mpich train test test-all lint types docs gpu shell clean
+.PHONY: help env env-mpich train test test-all lint types bench docs gpu shell clean
 
 help: ## this list
 	@sed -n 's/^\([a-z%-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -44,6 +44,9 @@ lint: env ## ruff, and who may import whom
 
 types: env ## strict mypy
 	$(BIN)/mypy
+
+bench: env ## collectives beside the MPI library's own, on 2 ranks
+	$(HERE) mpirun -n 2 python -m mpmp.bench
 
 docs: env ## draw the pictures under docs/ again
 	$(BIN)/python docs/pictures.py

@@ -68,15 +68,21 @@ def test_messages_travel_by_tag_whatever_their_order(mesh):
 def test_a_peer_that_does_not_answer_is_named(world):
     mesh = mpmp.mesh(tensor=2)
     limit, world.limit_s = world.limit_s, 1.2
+    x = torch.zeros(4)
     try:
         if world.rank == 0:
+            transfer = mesh.tensor.receive(x, 1, 0)
             with pytest.raises(PeerError, match="rank 1 .*timeout_s"):
-                mesh.tensor.receive(torch.empty(4), 1, 0).wait()
+                transfer.wait()
     finally:
         world.limit_s = limit
     mesh.everyone.barrier()
-    if world.rank == 1:  # now the message that was awaited, so that nothing is left over
-        mesh.tensor.send(torch.zeros(4), 0, 0).wait()
+    # The receive still stands and would write into memory that is no longer its own.
+    if world.rank == 0:
+        transfer.wait()
+        assert x.tolist() == [1.0] * 4
+    else:
+        mesh.tensor.send(torch.ones(4), 0, 0).wait()
 
 
 def test_a_failing_started_operation_raises_where_it_is_waited_for(mesh):
