@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mpmp import commands
-from mpmp.errors import ConfigError, InputOutputError
+from mpmp.errors import ConfigError, InputOutputError, VerifyError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -100,7 +100,7 @@ def bench(settings: Settings) -> None:
     if settings.csv is not None and world.rank == 0:
         _write(settings.csv, rows)
     if any(row.wrong for row in rows):
-        raise ConfigError("a collective gave wrong sums; see the column wrong")
+        raise VerifyError("a collective gave wrong numbers; the rows marked WRONG say which")
 
 
 def _measure(

@@ -32,6 +32,8 @@ class Transfer:
             post(as_bytes(self._host[start:stop]), peer, tag)
             for start, stop in pieces(0, flat.numel(), flat.itemsize)
         ]
+        self._statuses = [MPI.Status() for _ in self._requests]
+        self._done = self._taken = False
         if executor.world.trace:
             what = "send" if sends else "receive"
             nbytes = flat.numel() * flat.itemsize
@@ -39,18 +41,26 @@ class Transfer:
 
     def wait(self) -> None:
         """Return when the tensor may be used again; the wait counts as the group's."""
-        executor, statuses = self._executor, [MPI.Status() for _ in self._requests]
-        executor.spent_s += executor.world.wait(self._requests, self._describe, statuses=statuses)
+        if self._taken:
+            return
+        if not self.done():
+            executor = self._executor
+            executor.spent_s += executor.world.wait(
+                self._requests, self._describe, statuses=self._statuses
+            )
+        self._taken = self._done = True
         if self._sends:
             return
-        arrived, wanted = sum(one.count for one in statuses), self._flat.nbytes
+        arrived, wanted = sum(one.count for one in self._statuses), self._flat.nbytes
         if arrived != wanted:
             raise TensorError(f"{self._describe()} has {arrived} B, this rank expects {wanted} B")
         load(self._flat, self._host)
 
     def done(self) -> bool:
         """Whether the message is through, without waiting."""
-        return bool(MPI.Request.Testall(self._requests))
+        if not self._done:  # a request that is through must not be asked again
+            self._done = bool(MPI.Request.Testall(self._requests, self._statuses))
+        return self._done
 
     def _describe(self) -> str:
         return f"a message {self._towards()} on group {self._executor.name}"

@@ -21,7 +21,7 @@ from torch import Tensor
 from mpmp.comm.mesh import Mesh
 from mpmp.config import Config
 from mpmp.data.loader import Batches
-from mpmp.errors import LayoutError, NotFiniteError
+from mpmp.errors import CheckpointError, LayoutError, NotFiniteError
 from mpmp.models.gpt import GPTStage
 from mpmp.optim.adamw import learning_rate, make_optimizer
 from mpmp.optim.clip import clip_, global_norm
@@ -118,10 +118,17 @@ class Training:
         return state
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take back what :meth:`state` gave, bit for bit."""
+        """Take back what :meth:`state` gave, bit for bit; CheckpointError where it does not fit."""
         with torch.no_grad():
             for place, one in placed_parameters(self.stage):
-                one.copy_(state[f"weight/{place.name}"])
+                saved = state.get(f"weight/{place.name}")
+                if saved is None or saved.shape != one.shape or saved.dtype != one.dtype:
+                    there = "no such tensor" if saved is None else _kind(saved)
+                    raise CheckpointError(
+                        f"the checkpoint is of another model: {place.name} is {_kind(one)} in this "
+                        f"run and {there} there; use its vocabulary, model and dtype"
+                    )
+                one.copy_(saved)
                 moments = {}
                 for key in ("step", "exp_avg", "exp_avg_sq"):
                     value = state[f"{key}/{place.name}"]
@@ -147,6 +154,10 @@ class Training:
             metrics[1] = time.perf_counter() - self.began
         total, elapsed_s = self.mesh.everyone.allreduce(metrics).tolist()
         return total, elapsed_s
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
 
 
 def _cut_batch(config: Config, mesh: Mesh) -> tuple[tuple[int, int], list[tuple[int, int]]]:

@@ -65,6 +65,21 @@ def test_messages_travel_by_tag_whatever_their_order(mesh):
 
 
 @pytest.mark.ranks(2)
+def test_a_message_may_be_asked_and_waited_for_again(mesh):
+    group, x = mesh.tensor, torch.zeros(3)
+    if group.rank == 0:
+        group.send(torch.ones(3), 1, 0).wait()
+        return
+    transfer = group.receive(x, 0, 0)
+    while not transfer.done():
+        time.sleep(0.001)
+    for _ in range(2):
+        transfer.wait()
+        assert transfer.done() and x.tolist() == [1.0] * 3
+        x.fill_(1.0)
+
+
+@pytest.mark.ranks(2)
 def test_a_peer_that_does_not_answer_is_named(world):
     mesh = mpmp.mesh(tensor=2)
     limit, world.limit_s = world.limit_s, 1.2
