@@ -14,11 +14,8 @@ import contextlib
 import dataclasses
 import difflib
 import io
-import os
 import re
-import socket
 import sys
-import time
 import tomllib
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn, TypeVar
@@ -27,12 +24,10 @@ import tyro
 
 from mpmp.config import Config, parse_layout
 from mpmp.errors import ConfigError, MpmpError
-from mpmp.launcher import told_name, told_rank, told_size
+from mpmp.launcher import say_once, told_rank
 
 T = TypeVar("T")
 
-_LONGEST = 400
-"""Characters of a message: a value that is echoed may be of any length."""
 _LARGEST_RECIPE = 64 * 1024
 _OWN_FLAGS = """
 
@@ -59,29 +54,8 @@ def guarded() -> Iterator[None]:
 
 def fail(error: MpmpError) -> NoReturn:
     """Report a mistake before MPI has started: one line, by one rank, then its exit code."""
-    sentence = " ".join(str(error).split())
-    if len(sentence) > _LONGEST:
-        sentence = sentence[:_LONGEST] + " ..."
-    if told_size() == 1:
-        print(f"[{told_name()}] {sentence}", file=sys.stderr, flush=True)
-    elif (speaker := _first_to_speak()) is not None:
-        print(f"[{told_name()}] {sentence}", file=sys.stderr, flush=True)
-        time.sleep(1.0)  # the others make the same mistake meanwhile, and find the name taken
-        speaker.close()
+    say_once(str(error))
     sys.exit(error.exit_code)
-
-
-def _first_to_speak() -> socket.socket | None:
-    """A name that one child of this host's launcher can hold; rank 0 gets it if it fails, too."""
-    if told_rank() != 0:
-        time.sleep(0.3)
-    speaker = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    try:
-        speaker.bind(f"\0mpmp.{os.getppid()}")
-    except OSError:
-        speaker.close()
-        return None
-    return speaker
 
 
 def _take_own_flags(arguments: list[str], default: Config) -> tuple[list[str], Config]:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any, Literal
 
 from mpmp.errors import ConfigError
@@ -20,6 +21,12 @@ from mpmp.errors import ConfigError
 def _require(holds: bool, sentence: str) -> None:
     if not holds:
         raise ConfigError(sentence)
+
+
+def _require_finite(section: str, settings: object) -> None:
+    for name, value in vars(settings).items():
+        if isinstance(value, float):
+            _require(isfinite(value), f"{section}.{name} must be a finite number, not {value}")
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,7 @@ class Parallel:
     """Size at which a bucket of gradients is full and may be reduced, in MB."""
 
     def __post_init__(self) -> None:
+        _require_finite("parallel", self)
         for name in ("data", "pipeline", "tensor", "microbatches"):
             value = getattr(self, name)
             _require(
@@ -70,6 +78,7 @@ class Comm:
     """Seconds a rank waits for a peer before the job is ended with code 76."""
 
     def __post_init__(self) -> None:
+        _require_finite("comm", self)
         _require(self.timeout_s > 0, f"comm.timeout_s must be positive, not {self.timeout_s}")
 
 
@@ -91,6 +100,7 @@ class Model:
     """Key of the initial weights and of the dropout masks."""
 
     def __post_init__(self) -> None:
+        _require_finite("model", self)
         for name in ("layers", "heads", "width", "context"):
             value = getattr(self, name)
             _require(value >= 1, f"model.{name} must be at least 1, not {value}")
@@ -131,6 +141,7 @@ class Optimizer:
     """Global gradient norm above which gradients are scaled down; 0 never clips."""
 
     def __post_init__(self) -> None:
+        _require_finite("optimizer", self)
         rate = self.learning_rate
         _require(0 < rate < float("inf"), f"optimizer.learning_rate must be positive, not {rate}")
         fraction = self.final_fraction
@@ -167,6 +178,7 @@ class Train:
     """Tokens of the sample shown at the end; 0 shows none."""
 
     def __post_init__(self) -> None:
+        _require_finite("train", self)
         for name in ("batch", "log_every", "eval_batches"):
             value = getattr(self, name)
             _require(value >= 1, f"train.{name} must be at least 1, not {value}")

@@ -19,7 +19,7 @@ from mpmp.errors import (
     TensorError,
 )
 
-if TYPE_CHECKING:  # Files can be written and read where there is no MPI.
+if TYPE_CHECKING:  # A checkpoint can be written and read where there is no MPI.
     from mpmp.comm.mesh import Mesh
 
 AGREED = (CheckpointError, ConfigError, InputOutputError, LayoutError, TensorError)

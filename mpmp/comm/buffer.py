@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from mpi4py import MPI
 from torch import Tensor
 
+from mpmp.comm.mpi import MPI
 from mpmp.errors import TensorError
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

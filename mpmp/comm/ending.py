@@ -22,7 +22,7 @@ from types import FrameType, TracebackType
 from typing import NoReturn
 
 from mpmp.errors import MpmpError, PeerError
-from mpmp.launcher import told_name
+from mpmp.launcher import say_once
 
 _ALIKE = (2, 3, 74, 77, 78)
 """Codes of errors that every rank raises alike; rank 0 may speak for all."""
@@ -65,10 +65,11 @@ def install(
     global _job
     _job = _Job(name, rank, size, ledger, leave, abort)
     sys.excepthook = _on_uncaught
-    threading.excepthook = lambda args: end(args.exc_value or MpmpError("a thread ended"))
+    threading.excepthook = _on_uncaught_in_thread
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, _on_signal)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup and a shell's & leave it
+                signal.signal(number, _on_signal)
     # A script that ends, or that calls sys.exit, waits here for the others; those who wait for
     # it in turn notice that it left (World.wait).
     atexit.register(_leave)
@@ -95,8 +96,7 @@ def end(error: BaseException) -> NoReturn:
         error = Interrupted(signal.SIGINT)
         code = error.exit_code
     if _job is None:
-        # Before the world stands; a launcher ends the others when one exits before MPI's start.
-        print(f"[{told_name()}] {_sentence(error)}", file=sys.stderr, flush=True)
+        say_once(_sentence(error))
         os._exit(code)
     if code in _ALIKE and _job.rank != 0:
         time.sleep(0.3)
@@ -178,6 +178,11 @@ def _on_uncaught(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
     end(error)
+
+
+def _on_uncaught_in_thread(args: threading.ExceptHookArgs) -> None:
+    if not isinstance(args.exc_value, SystemExit):  # ends that thread alone, as always in Python
+        end(args.exc_value or MpmpError("a thread ended"))
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:

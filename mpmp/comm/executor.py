@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from mpi4py import MPI
 from torch import Tensor
 
 from mpmp.comm.buffer import as_bytes, pieces
+from mpmp.comm.mpi import MPI
 from mpmp.comm.plan import Message, Plan, Spec, lower
 from mpmp.comm.world import World
 from mpmp.errors import TensorError
@@ -33,6 +33,10 @@ OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "min": torch.minimum,
 }
 """How what arrives is combined with what is there; each takes (a, b, out=a)."""
+
+
+PROGRAM_TAG = 32767
+"""Tag of all messages of programs, the highest that every MPI has; Transfer keeps below it."""
 
 
 class Operation:
@@ -67,7 +71,8 @@ class Operation:
                 MPI.Prequest.Startall(requests)
             describe = partial(self._describe, number, messages)
             statuses = self._statuses[: len(requests)]
-            world.wait(requests, describe, statuses=statuses, background=background)
+            peers = [(self.executor.ranks[m.peer],) for m, _, _ in self._parts(messages)]
+            world.wait(requests, describe, peers=peers, statuses=statuses, background=background)
             self._refuse_short(messages, statuses, describe)
             for message in messages:
                 if message.scratch is not None:
@@ -89,7 +94,8 @@ class Operation:
             if message.scratch is not None:
                 memory, offset = self._scratch, message.scratch - message.start
             part = as_bytes(memory[start + offset : stop + offset])
-            requests.append((send if message.kind == "send" else receive)(part, message.peer))
+            post = send if message.kind == "send" else receive
+            requests.append(post(part, message.peer, PROGRAM_TAG))
         return requests
 
     def _most_requests(self) -> int:
@@ -221,7 +227,8 @@ class Executor:
         mine = np.frombuffer(hashlib.sha256(str(spec).encode()).digest(), dtype=np.uint8)
         all_ = np.empty((self.comm.size, mine.size), dtype=np.uint8)
         request = self.comm.Iallgather(mine, all_)
-        self.world.wait([request], lambda: f"all ranks of group {self.name} to agree on {spec}")
+        said = f"all ranks of group {self.name} to agree on {spec}"
+        self.world.wait([request], lambda: said, peers=[self.ranks])
         if (all_ == mine).all():
             return
         specs = self.world.gather_texts(str(spec), self.comm)

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
-from mpi4py import MPI
 from torch import Tensor
 
 from mpmp.comm.buffer import admit, load, wire_dtype
 from mpmp.comm.executor import Executor
+from mpmp.comm.mpi import MPI
 from mpmp.comm.plan import Spec
 from mpmp.comm.progress import Progress
 from mpmp.comm.started import PreparedAllreduce
@@ -129,7 +129,6 @@ class Group:
         """A sum over all ranks, in place on memory that stays, to be started many times."""
         flat = admit(x)
         spec = self._spec("allreduce", flat, self._even(flat.numel()), "sum", algorithm)
-        self._now.plan(spec)  # agreed on while no started operation is under way
         return PreparedAllreduce(self._started, self._progress, spec, flat)
 
     # --- messages ---------------------------------------------------------------------------------
@@ -142,6 +141,10 @@ class Group:
         """Start receiving from a rank of the group; ``wait`` before the tensor is read."""
         return Transfer(self._now, admit(out), source, tag, sends=False)
 
+    def stop(self) -> None:
+        """End the thread that drives started operations, once they are done."""
+        self._progress.stop()
+
     def free(self) -> None:
         """Give the group's communicators back; nothing of it may be used afterwards."""
         for executor in (self._now, self._started):
@@ -149,7 +152,7 @@ class Group:
 
     @property
     def communicator(self) -> MPI.Intracomm:
-        """The group's own communicator, for what is not ours: the library's baselines."""
+        """The group's own communicator; for ``native.py``, which measures the library itself."""
         return self._now.comm
 
     # --- inside -----------------------------------------------------------------------------------
@@ -184,7 +187,7 @@ class Group:
             operation = self._now.slot(spec, pinned=staged)
         else:
             device = "cpu" if staged else x.device
-            whole = at == start == 0 and result.numel() == spec.bounds[-1]
+            whole = start == 0 and result.numel() == spec.bounds[-1]
             # The result itself serves as the buffer where it has the right type and place.
             if whole and not staged and result.dtype == spec.dtype:
                 buffer = result

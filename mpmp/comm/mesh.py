@@ -12,10 +12,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mpi4py import MPI
-
 from mpmp.comm.executor import Executor
 from mpmp.comm.group import Group
+from mpmp.comm.mpi import MPI
 from mpmp.comm.progress import Progress
 from mpmp.comm.world import World
 from mpmp.config import AXES, Comm, layout_name
@@ -58,6 +57,7 @@ class Mesh:
     def free(self) -> None:
         """Give all communicators back to MPI; all ranks together, and nothing under way."""
         groups = [self.data, self.pipeline, self.tensor, self.model, self.everyone, self.ends]
+        self.data.stop()  # all groups of a mesh share one progress
         for group in groups:
             if group is not None:
                 group.free()
@@ -132,6 +132,9 @@ class Mesh:
 
 def fit(world: int, data: int | None, pipeline: int, tensor: int) -> dict[str, int]:
     """Sizes of the axes for a world; a LayoutError names the product and the legal layouts."""
+    for axis, asked in (("data", data), ("pipeline", pipeline), ("tensor", tensor)):
+        if asked is not None and asked < 1:
+            raise LayoutError(f"the {axis} axis of a mesh has at least one rank, not {asked}")
     if data is None:
         data = max(1, world // (pipeline * tensor))
     product = data * pipeline * tensor

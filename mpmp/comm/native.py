@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from mpi4py import MPI
 from torch import Tensor
 
 from mpmp.comm.group import Group
+from mpmp.comm.mpi import MPI
 from mpmp.programs.partition import partition
 
 

@@ -29,10 +29,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from mpi4py import MPI
 from torch import Tensor
 
 from mpmp.comm.buffer import as_bytes
+from mpmp.comm.mpi import MPI
 from mpmp.errors import ConfigError
 
 LIMIT_S = 30.0

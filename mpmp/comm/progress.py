@@ -17,8 +17,8 @@ from collections.abc import Callable
 class Handle:
     """A started operation. Whoever started it waits for it."""
 
-    def __init__(self, work: Callable[[], None]) -> None:
-        self._work = work
+    def __init__(self, work: Callable[[], None], drive: Callable[[], bool] | None) -> None:
+        self._work, self._drive = work, drive
         self._done = threading.Event()
         self._error: BaseException | None = None
 
@@ -32,6 +32,8 @@ class Handle:
     def wait(self) -> float:
         """Wait until the operation is done; the seconds it took. Raises what it raised."""
         start = time.perf_counter()
+        while self._drive is not None and not self._done.is_set():
+            self._drive()
         # The limit on waiting is the operation's own; short waits let signal handlers run.
         while not self._done.wait(0.5):
             pass
@@ -41,24 +43,38 @@ class Handle:
 
 
 class Progress:
-    """The thread and its queue; without a thread operations run when they are started."""
+    """The queue of started operations and the thread that works it off.
+
+    Where MPI may not be called by several threads, whoever waits works it off, in the same order:
+    an operation that was started may need what this rank does before it waits.
+    """
 
     def __init__(self, threaded: bool) -> None:
-        self._queue: queue.SimpleQueue[Handle] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Handle | None] = queue.SimpleQueue()
         self._threaded = threaded
         self._thread: threading.Thread | None = None
 
     def start(self, work: Callable[[], None]) -> Handle:
-        handle = Handle(work)
-        if not self._threaded:
-            handle.carry_out()
-            return handle
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._drive, name="mpmp-progress", daemon=True)
-            self._thread.start()
+        handle = Handle(work, None if self._threaded else self._next)
         self._queue.put(handle)
+        if self._threaded and self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="mpmp-progress", daemon=True)
+            self._thread.start()
         return handle
 
-    def _drive(self) -> None:
-        while True:
-            self._queue.get().carry_out()
+    def stop(self) -> None:
+        """End the thread once the queue is empty."""
+        if self._thread is not None:
+            self._queue.put(None)
+            self._thread.join()
+            self._thread = None
+
+    def _next(self) -> bool:
+        handle = self._queue.get()
+        if handle is not None:
+            handle.carry_out()
+        return handle is not None
+
+    def _run(self) -> None:
+        while self._next():
+            pass

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from mpi4py import MPI
 from torch import Tensor
 
 from mpmp.comm.buffer import as_bytes, load, pieces
-from mpmp.comm.executor import Executor
+from mpmp.comm.executor import PROGRAM_TAG, Executor
+from mpmp.comm.mpi import MPI
 from mpmp.errors import TensorError
 
 
@@ -19,6 +19,8 @@ class Transfer:
     ) -> None:
         self._executor, self._flat, self._sends = executor, flat, sends
         self._peer = executor.ranks[peer]
+        if not 0 <= tag < PROGRAM_TAG:
+            raise TensorError(f"the tag of a message lies in [0, {PROGRAM_TAG}), {tag} does not")
         staged = flat.is_cuda and not executor.world.cuda_aware
         self._host = (
             torch.empty(flat.numel(), dtype=flat.dtype, pin_memory=True) if staged else flat
@@ -32,6 +34,7 @@ class Transfer:
             post(as_bytes(self._host[start:stop]), peer, tag)
             for start, stop in pieces(0, flat.numel(), flat.itemsize)
         ]
+        self._peers = [(self._peer,)] * len(self._requests)
         self._statuses = [MPI.Status() for _ in self._requests]
         self._done = self._taken = False
         if executor.world.trace:
@@ -46,7 +49,7 @@ class Transfer:
         if not self.done():
             executor = self._executor
             executor.spent_s += executor.world.wait(
-                self._requests, self._describe, statuses=self._statuses
+                self._requests, self._describe, peers=self._peers, statuses=self._statuses
             )
         self._taken = self._done = True
         if self._sends:

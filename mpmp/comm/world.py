@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from mpi4py import MPI
 
 from mpmp.comm import ending
+from mpmp.comm.mpi import MPI
 from mpmp.comm.probe import probe, weakest
 from mpmp.errors import LaunchError, PeerError, TensorError
 from mpmp.launcher import told_local_rank, told_size
@@ -25,7 +25,7 @@ _YIELD_S = 0.02
 _NAP_S, _SLEEP_S = 100e-6, 1e-3
 _NAP_UNTIL_S = 1.0
 _LEFT_TAG = 1
-_GRACE_S = 2.0
+_LOOK_S = 1.0
 
 
 @dataclass
@@ -64,6 +64,7 @@ class World:
         requests: Sequence[MPI.Request],
         waiting_for: Callable[[], str],
         *,
+        peers: Sequence[Sequence[int]] = (),
         statuses: list[MPI.Status] | None = None,
         background: bool = False,
         limit_s: float | None = None,
@@ -74,10 +75,11 @@ class World:
         no limit could end the wait. ``background`` naps from the start (the thread that drives
         started operations must not take the core from the computation). Raises PeerError after
         ``limit_s`` seconds or when a peer has left the job, TensorError where a message is longer
-        than its place; ``statuses``, one a request, are filled in.
+        than its place. ``peers`` names, for each request, the ranks of the world it depends on;
+        ``statuses``, one a request, are filled in.
         """
         try:
-            return self._wait(requests, waiting_for, statuses, background, limit_s)
+            return self._wait(requests, waiting_for, peers, statuses, background, limit_s)
         except MPI.Exception as error:
             if error.Get_error_class() in (MPI.ERR_TRUNCATE, MPI.ERR_IN_STATUS):
                 raise TensorError(
@@ -92,6 +94,7 @@ class World:
         self,
         requests: Sequence[MPI.Request],
         waiting_for: Callable[[], str],
+        peers: Sequence[Sequence[int]],
         statuses: list[MPI.Status] | None,
         background: bool,
         limit_s: float | None,
@@ -101,7 +104,7 @@ class World:
         start = time.perf_counter()
         limit = self.limit_s if limit_s is None else limit_s
         spins = 0
-        next_look = _NAP_UNTIL_S
+        next_look = 2 * _LOOK_S  # what a leaver has sent arrives long before that
         while not MPI.Request.Testall(requests, statuses):
             spins += 1
             if spins < _SPINS and not background:
@@ -118,25 +121,33 @@ class World:
                         f"waited {waited:.0f} s for {waiting_for()}; "
                         "a longer limit is set with --comm.timeout_s"
                     )
-                if waited > next_look:
-                    next_look = waited + _GRACE_S
-                    self._look_for_leavers(waited, waiting_for)
+                if peers and waited > next_look:
+                    next_look = waited + _LOOK_S
+                    self._look_for_leavers(requests, peers, waiting_for)
         return time.perf_counter() - start
 
-    def _look_for_leavers(self, waited: float, waiting_for: Callable[[], str]) -> None:
-        # Each leaver tells its right neighbour. If all who have not left wait, one of them has a
-        # left neighbour who left, so somebody notices.
-        left = (self.rank - 1) % self.size
-        if waited > _GRACE_S and self.control.Iprobe(source=left, tag=_LEFT_TAG):
-            raise PeerError(f"rank {left} left the job while this rank waited for {waiting_for()}")
+    def _look_for_leavers(
+        self,
+        requests: Sequence[MPI.Request],
+        peers: Sequence[Sequence[int]],
+        waiting_for: Callable[[], str],
+    ) -> None:
+        """Raise PeerError where a peer that a request still waits for has left the job."""
+        for request, possible in zip(requests, peers, strict=True):
+            if request.Get_status():
+                continue
+            for peer in possible:
+                if self.control.Iprobe(source=peer, tag=_LEFT_TAG):
+                    raise PeerError(
+                        f"rank {peer} left the job while this rank waited for {waiting_for()}"
+                    )
 
     def leave(self) -> None:
-        """Tell a neighbour that this rank needs nobody any more, and wait for all to say so."""
-        if self.size == 1:
-            return
-        note = self.control.Isend([b"", MPI.BYTE], (self.rank + 1) % self.size, _LEFT_TAG)
+        """Tell all that this rank will send nothing any more, and wait for all to say so."""
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        notes = [self.control.Isend([b"", MPI.BYTE], rank, _LEFT_TAG) for rank in others]
         done = self.control.Ibarrier()
-        self.wait([note, done], lambda: "the others to finish", limit_s=float("inf"))
+        self.wait([*notes, done], lambda: "the others to finish", limit_s=float("inf"))
 
     def gather_texts(self, text: str, comm: MPI.Intracomm | None = None) -> list[str]:
         """Every rank's text on every rank of the world (or of another communicator)."""
@@ -144,7 +155,8 @@ class World:
         own = np.frombuffer(text.encode(), dtype=np.uint8)
         lengths = np.empty(comm.size, dtype=np.int64)
         request = comm.Iallgather(np.array([own.size]), lengths)
-        self.wait([request], lambda: "all ranks to say something")
+        everyone = [range(self.size)] if comm is self.comm else []
+        self.wait([request], lambda: "all ranks to say something", peers=everyone)
         every = np.empty(int(lengths.sum()), dtype=np.uint8)
         request = comm.Iallgatherv(own, [every, lengths.tolist()])
         self.wait([request], lambda: "all ranks to say something")
@@ -176,7 +188,7 @@ def start(device: str = "auto", limit_s: float = 600.0) -> World:
             # mpi4py warns of a foreign launcher; _refuse_lone_ranks says what to do about it.
             warnings.simplefilter("ignore", RuntimeWarning)
             thread_level = MPI.Init_thread(MPI.THREAD_MULTIPLE)
-    comm = MPI.COMM_WORLD
+    comm = MPI.COMM_WORLD.Dup()  # a program may use the other one itself
     _refuse_lone_ranks(comm.size)
     found = weakest(comm.allgather(verdict))
     host_comm = comm.Split_type(MPI.COMM_TYPE_SHARED)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from mpmp.errors import InputOutputError
+from mpmp.launcher import terminal_of_launcher
 
 
 class Reporter:
@@ -50,26 +51,6 @@ class Reporter:
         self._stream.flush()
 
 
-_LAUNCHERS = {"mpirun", "mpiexec", "prterun", "prte", "prted", "hydra_pmi_proxy", "mpiexec.hydra"}
-
-
-def terminal_of_launcher() -> str | None:
-    """The terminal that standard output reaches in the end, if a person watches.
-
-    Ranks write to a pipe or to a pseudo-terminal of the launcher's own, whatever the launcher
-    itself writes to: so the launcher's standard output is asked.
-    """
-    try:
-        pid, parent = os.getpid(), os.getppid()
-        while Path(f"/proc/{parent}/comm").read_text().strip() in _LAUNCHERS:
-            stat = Path(f"/proc/{parent}/stat").read_text()
-            pid, parent = parent, int(stat.rsplit(")", 1)[1].split()[1])
-        device = os.readlink(f"/proc/{pid}/fd/1")
-    except OSError:
-        return None
-    return device if device.startswith(("/dev/pts/", "/dev/tty")) else None
-
-
 def _columns(terminal: str) -> int:
     try:
         file = os.open(terminal, os.O_RDONLY | os.O_NOCTTY)
@@ -96,9 +77,10 @@ class Metrics:
                 # Steps after the checkpoint will be taken again.
                 lines = path.read_text().splitlines()
                 kept = [line for line in lines if _step(line) <= resume_from]
-            self._file = path.open("w", encoding="utf-8")
-            self._file.writelines(line + "\n" for line in kept)
-            self._file.flush()
+            aside = path.with_suffix(".tmp")
+            aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            aside.replace(path)
+            self._file = path.open("a", encoding="utf-8")
 
     def write(self, **values: Any) -> None:
         if self._file is not None:
@@ -118,7 +100,7 @@ def _step(line: str) -> float:
     """The step a line tells of; a line that a crash cut short is of no step that counts."""
     try:
         return float(json.loads(line).get("step", -1))
-    except ValueError:
+    except (ValueError, AttributeError):
         return float("inf")
 
 

@@ -152,13 +152,15 @@ class Run:
         for setting, (old, new) in changes.items():
             if not setting.startswith("checkpoint."):
                 self.show.line(f"changed since: {setting} from {old!r} to {new!r}")
+        if loaded.meta.get("text_sha256") != self.training.batches.corpus.sha256:
+            self.show.line("changed since: the text; what was validated on may be learnt from now")
         return loaded.step
 
     def _save(self, number: int) -> None:
         # Data order and dropout are functions of the step and of seeds among the settings.
         meta = {
-            "config_sha256": config_hash(self.config),
             "config": to_dict(self.config),
+            "text_sha256": self.training.batches.corpus.sha256,
             "elapsed_s": self.elapsed_s,
         }
         keep = self.config.checkpoint.keep
@@ -187,9 +189,8 @@ class Run:
         whole = int(self.mesh.model.allreduce(torch.tensor([primary])))
         model = self.config.model
         sha256 = self._weights_sha256()
-        self.baselines: dict[str, Score] = {}
-        if world.rank == 0:
-            self.baselines = baselines(self.training.batches)
+        found = on_first("score the baselines", self._score_baselines, self.mesh)
+        self.baselines = {name: Score(*score) for name, score in found.items()}
         beside = ", ".join(f"{name} {score.bits:.3f}" for name, score in self.baselines.items())
         self.show.line(
             f"mpmp {mpmp.__version__}: {world.size} ranks, {world.ranks_on_host} on {world.host}, "
@@ -218,6 +219,10 @@ class Run:
             baselines={name: score.bits for name, score in self.baselines.items()},
         )
 
+    def _score_baselines(self) -> dict[str, tuple[float, float]]:
+        found = baselines(self.training.batches)
+        return {name: (score.nats, score.bits) for name, score in found.items()}
+
     def _device(self) -> str:
         world = self.mesh.world
         if world.device.type == "cpu":
@@ -241,7 +246,9 @@ class Run:
     def _close(self, steps: int, laps: list[Shares]) -> None:
         """The closing table: what every rank did with its time, and how even the load was."""
         world = self.mesh.world
+        start, stop = self.training.rows
         own = {
+            "tokens": steps * (stop - start) * self.config.model.context / self.mesh.model.size,
             "total_s": sum(lap.total_s for lap in laps),
             "communication_s": sum(lap.communication_s for lap in laps),
             "bubble_s": sum(lap.bubble_s for lap in laps),
@@ -259,7 +266,7 @@ class Run:
         rows = [
             [
                 str(rank),
-                f"{speed / world.size:,.0f}",
+                f"{one['tokens'] / total_s if total_s > 0 else 0.0:,.0f}",
                 f"{share.part(share.compute_s):.1%}",
                 f"{share.part(share.communication_s):.1%}",
                 f"{share.part(share.bubble_s):.1%}",

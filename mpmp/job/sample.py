@@ -19,7 +19,7 @@ def sample(training: Training, prompt: str, num_tokens: int, seed: int) -> str:
     """The prompt and ``num_tokens`` drawn tokens as text, the same on every rank."""
     tokenizer = training.batches.corpus.tokenizer
     group, device = training.mesh.pipeline, training.mesh.world.device
-    ids = [int(one) for one in tokenizer.encode(prompt)]
+    ids = [int(one) for one in tokenizer.encode(prompt)] or [tokenizer.end_of_text or 0]
     key = counter.key_of(seed, "sample")
     context = training.config.model.context
     for number in range(num_tokens):

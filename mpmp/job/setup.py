@@ -7,6 +7,7 @@ import os
 import time
 from pathlib import Path
 
+from mpmp.checkpoint.folder import step_folders
 from mpmp.comm.agreement import on_first
 from mpmp.comm.mesh import Mesh
 from mpmp.comm.world import World, start
@@ -78,7 +79,7 @@ def run_folder(config: Config, mesh: Mesh) -> Path:
         if settings.dir is None:
             return f"runs/{time.strftime('%Y-%m-%d_%H-%M-%S')}_{mesh.layout}_{os.getpid()}"
         folder = Path(settings.dir)
-        if not settings.resume and any(folder.glob("step_*")):
+        if not settings.resume and folder.is_dir() and step_folders(folder):
             raise ConfigError(
                 f"{folder} holds the checkpoints of another run; go on with it by "
                 "--checkpoint.resume or choose another --checkpoint.dir"

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from mpmp.comm.group import Group
 from mpmp.comm.mesh import Mesh
 from mpmp.comm.progress import Handle
-from mpmp.parallel.placement import placement_of
+from mpmp.parallel.placement import Placement, placement_of
 
 
 class Bucket:
@@ -101,6 +101,15 @@ class GradientBuckets:
             self._next += 1
 
 
+def _group_of(placement: Placement, mesh: Mesh) -> Group:
+    """The ranks that hold the same elements but see other data."""
+    if placement.shared_by:
+        assert mesh.ends is not None, "a weight is shared by the ends of a pipeline"
+        return mesh.ends
+    assert "data" in placement.replicated
+    return mesh.data
+
+
 def _fill(parameters: list[nn.Parameter], mesh: Mesh, bucket_bytes: float) -> list[Bucket]:
     """Cut the parameters, last used first, into buckets; those shared by both ends come last."""
     shared = [one for one in parameters if placement_of(one).shared_by]
@@ -111,12 +120,10 @@ def _fill(parameters: list[nn.Parameter], mesh: Mesh, bucket_bytes: float) -> li
             continue
         size = sum(other.numel() * other.itemsize for other in filling)
         if filling and size + one.numel() * one.itemsize > bucket_bytes:
-            buckets.append(Bucket(filling, mesh.data))
+            buckets.append(Bucket(filling, _group_of(placement_of(one), mesh)))
             filling = []
         filling.append(one)
-    if filling:
-        buckets.append(Bucket(filling, mesh.data))
-    if shared:
-        assert mesh.ends is not None, "a weight is shared by the ends of a pipeline"
-        buckets.append(Bucket(shared, mesh.ends))
+    for rest in (filling, shared):
+        if rest:
+            buckets.append(Bucket(rest, _group_of(placement_of(rest[0]), mesh)))
     return buckets

@@ -39,10 +39,6 @@ class Placement:
     def numel(self) -> int:
         return prod(self.local_shape)
 
-    def slices(self) -> tuple[slice, ...]:
-        """Index of this shard in the global tensor."""
-        return tuple(slice(start, stop) for start, stop in self.ranges)
-
 
 def place(parameter: nn.Parameter, placement: Placement) -> nn.Parameter:
     """Attach the placement to a parameter of the shard's shape."""

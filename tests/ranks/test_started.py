@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import mpmp
-from mpmp.errors import PeerError
+from mpmp.errors import LayoutError, PeerError, TensorError
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +54,13 @@ def test_it_goes_on_while_the_rank_computes(mesh):
 def test_messages_travel_by_tag_whatever_their_order(mesh):
     group = mesh.tensor
     right, left = (group.rank + 1) % group.size, (group.rank - 1) % group.size
-    sends = [group.send(torch.full((n,), float(group.rank)), right, n) for n in (3, 5, 70_000)]
-    for n in (70_000, 3, 5):
+    sends = [
+        group.send(torch.full((n,), float(group.rank)), right, tag)
+        for tag, n in enumerate((3, 5, 70_000))
+    ]
+    for tag, n in ((2, 70_000), (0, 3), (1, 5)):
         x = torch.empty(n)
-        group.receive(x, left, n).wait()
+        group.receive(x, left, tag).wait()
         assert bool((x == left).all())
     for transfer in sends:
         transfer.wait()
@@ -110,3 +113,51 @@ def test_a_failing_started_operation_raises_where_it_is_waited_for(mesh):
         handle = Progress(threaded).start(fail)
         with pytest.raises(PeerError, match="planted"):
             handle.wait()
+
+
+def test_without_threads_operations_run_in_order_when_waited_for(mesh):
+    """Started in a backward hook, a sum may need what this rank sends only afterwards."""
+    from mpmp.comm.progress import Progress
+
+    ran: list[int] = []
+    progress = Progress(threaded=False)
+    handles = [progress.start(lambda n=n: ran.append(n)) for n in range(3)]
+    assert ran == []
+    handles[1].wait()
+    assert ran == [0, 1]
+    handles[0].wait()
+    handles[2].wait()
+    assert ran == [0, 1, 2]
+
+
+@pytest.mark.ranks(2)
+def test_a_message_and_a_collective_of_one_length_do_not_meet(mesh):
+    group = mesh.tensor
+    if group.rank == 0:
+        transfer = group.send(torch.full((4,), 9.0), 1, 0)
+        total = group.allreduce(torch.ones(4))
+        transfer.wait()
+    else:
+        total = group.allreduce(torch.ones(4))
+        x = torch.zeros(4)
+        group.receive(x, 0, 0).wait()
+        assert x.tolist() == [9.0] * 4
+    assert total.tolist() == [2.0] * 4
+    with pytest.raises(TensorError, match="tag"):
+        group.send(torch.zeros(1), 0, 32767)
+
+
+@pytest.mark.ranks(1)
+def test_axes_have_at_least_one_rank(world):
+    for axes in ({"pipeline": 0}, {"data": -1, "tensor": -1}):
+        with pytest.raises(LayoutError, match="at least one rank"):
+            mpmp.mesh(**axes)
+
+
+def test_freeing_a_mesh_ends_its_thread(world):
+    mesh = mpmp.mesh(tensor=world.size)
+    mesh.tensor.prepare_allreduce(torch.ones(3)).start().wait()
+    thread = mesh.tensor._progress._thread
+    assert thread.is_alive()
+    mesh.free()
+    assert not thread.is_alive()

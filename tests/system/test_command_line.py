@@ -67,7 +67,7 @@ def test_help_is_shown_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("command", "args", "words"),
     [
-        ("train", "--optimizer.learning_rate nan", "optimizer.learning_rate must be positive"),
+        ("train", "--optimizer.learning_rate nan", "learning_rate must be a finite number"),
         ("train", "--recipe recipe.toml", "recipe.toml is not TOML"),
         ("verify", "--trian.steps 4", "did you mean --train.steps?"),
         ("verify", "--layout", "--layout needs a value"),

@@ -196,6 +196,12 @@ def test_a_rank_that_waits_in_a_set_up_step_hears_signals(tmp_path: Path) -> Non
 
 
 @pytest.mark.mpich_too
+def test_a_rank_that_ends_later_than_the_others_is_no_fault(tmp_path: Path) -> None:
+    run = run_ranks(3, [PLANTED / "member.py", "late to leave"], env=HOME, cwd=tmp_path)
+    assert run.rc == 0 and run.stderr == "", run.text
+
+
+@pytest.mark.mpich_too
 def test_a_program_that_ends_well_ends_with_0(tmp_path: Path) -> None:
     cores = len(os.sched_getaffinity(0))
     run = run_ranks(3, [PLANTED / "member.py", "well"], env=HOME, cwd=tmp_path)

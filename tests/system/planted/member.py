@@ -19,6 +19,9 @@ def fail() -> None:
     raise ValueError("planted\nerror")
 
 
+if how == "late to leave":
+    time.sleep(5 if world.rank == 0 else 0)
+    sys.exit(0)
 if world.rank == 1:
     if how == "raises":
         fail()
