@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import os
 import re
 import shlex
 import shutil
@@ -93,7 +94,10 @@ def recipe(target: str) -> list[str]:
     """What make would run, none of it run."""
     if shutil.which("make") is None:
         pytest.skip("optional data: no make on this machine")
-    done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
+    # The tests themselves may run under make, which would tell this one to name its folder.
+    outer = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")
+    env = {name: value for name, value in os.environ.items() if name not in outer}
+    done = subprocess.run(["make", "-n", target], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
