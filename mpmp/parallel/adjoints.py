@@ -112,6 +112,13 @@ class _Split(torch.autograd.Function):
         return _all_pieces(grad, ctx.group, ctx.length, ctx.dim), None, None
 
 
+class _ReduceScatter(_Split):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group, dim: int) -> Tensor:
+        ctx.group, ctx.dim, ctx.length = group, dim, x.shape[dim]
+        return _own_piece_of_sum(x, group, dim)
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group, length: int, dim: int) -> Tensor:
@@ -123,23 +130,7 @@ class _Gather(torch.autograd.Function):
         return _own_piece(grad, ctx.group, ctx.dim), None, None, None
 
 
-class _ReduceScatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group, dim: int) -> Tensor:
-        ctx.group, ctx.dim, ctx.length = group, dim, x.shape[dim]
-        return _own_piece_of_sum(x, group, dim)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _all_pieces(grad, ctx.group, ctx.length, ctx.dim), None, None
-
-
-class _Allgather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group, length: int, dim: int) -> Tensor:
-        ctx.group, ctx.dim = group, dim
-        return _all_pieces(x, group, length, dim)
-
+class _Allgather(_Gather):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         return _own_piece_of_sum(grad, ctx.group, ctx.dim), None, None, None

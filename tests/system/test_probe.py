@@ -75,10 +75,10 @@ def test_a_child_inherits_settings_and_no_job() -> None:
     settings = {
         "OMPI_MCA_pml": "ob1",
         "PRTE_MCA_plm": "ssh",
-        "OPAL_PREFIX": "/opt/mpi",
+        "OPAL_PREFIX": "/srv/mpi",
         "UCX_TLS": "cuda",
         "CUDA_VISIBLE_DEVICES": "1",
-        "LD_LIBRARY_PATH": "/opt/mpi/lib",
+        "LD_LIBRARY_PATH": "/srv/mpi/lib",
     }
     job = {
         "OMPI_COMM_WORLD_RANK": "1",
