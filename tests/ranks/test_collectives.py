@@ -238,12 +238,16 @@ def test_a_message_of_another_length_than_planned_is_never_taken(world, root_is_
 
 
 @pytest.mark.ranks(2)
-def test_a_short_message_between_two_ranks_is_never_taken(world):
+@pytest.mark.parametrize(
+    ("length", "words"), [(3, "12 B, this rank expects 16 B"), (5, "sent more than")]
+)
+def test_a_message_of_another_length_between_two_ranks_is_never_taken(world, length, words):
     mesh = mpmp.mesh(tensor=2)
     if world.rank == 0:
-        mesh.tensor.send(torch.zeros(3), 1, 0).wait()
-    else:
-        with pytest.raises(TensorError, match="12 B, this rank expects 16 B"):
+        mesh.tensor.send(torch.zeros(length), 1, 0).wait()
+    mesh.everyone.barrier()  # so that the message is there before the wait
+    if world.rank == 1:
+        with pytest.raises(TensorError, match=words):
             mesh.tensor.receive(torch.zeros(4), 0, 0).wait()
 
 
