@@ -14,9 +14,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mpmp.programs.follow import Message, follow_collective
+from mpmp.programs.exchange import Message
+from mpmp.programs.follow import follow_collective
 from mpmp.programs.simulate import Timeline
-from mpmp.programs.steps import FORWARD, Algorithm, Reduce
+from mpmp.programs.steps import FORWARD, Algorithm, Receive, Reduce
 
 # Two calm colours, told apart by the colour-blind too, with their text.
 FORWARD_COLOUR, BACKWARD_COLOUR, INK = "#a8c8e8", "#f3c999", "#22303c"
@@ -84,12 +85,13 @@ def draw_png(timeline: Timeline, path: str | Path) -> None:
 def draw_collective(algorithm: Algorithm, size: int, **facts: Any) -> str:
     """Who sends what to whom, round by round, as a text table."""
     rows = [["round", *(f"rank {rank}" for rank in range(size))]]
-    for number, messages in enumerate(follow_collective(algorithm, size, **facts)):
+    for number, exchange in enumerate(follow_collective(algorithm, size, **facts)):
         cells: list[list[str]] = [[] for _ in range(size)]
-        for message in messages:
-            cells[message.sender].append(
-                f"{_chunks(message)} {'+' if _combines(message) else '='}> {message.receiver}"
-            )
+        for message in exchange.messages:
+            for kind, arrow in ((Reduce, "+>"), (Receive, "=>")):
+                chunks = _chunks(message, kind)
+                if chunks:
+                    cells[message.sender].append(f"{chunks} {arrow} {message.receiver}")
         rows.append([str(number), *(", ".join(cell) for cell in cells)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
@@ -98,13 +100,19 @@ def draw_collective(algorithm: Algorithm, size: int, **facts: Any) -> str:
     )
 
 
-def _chunks(message: Message) -> str:
-    first, count = message.send.chunk, message.send.count
-    return str(first) if count == 1 else f"{first}-{first + count - 1}"
-
-
-def _combines(message: Message) -> bool:
-    return isinstance(message.put, Reduce)
+def _chunks(message: Message, kind: type[Receive] | type[Reduce]) -> str:
+    """The chunks of a message that are combined, or copied, neighbours as one span: ``4-6 0``."""
+    spans: list[list[int]] = []
+    for send, put in zip(message.sends, message.puts, strict=True):
+        if not isinstance(put, kind):
+            continue
+        if spans and spans[-1][1] == send.chunk:
+            spans[-1][1] += send.count
+        else:
+            spans.append([send.chunk, send.chunk + send.count])
+    return " ".join(
+        str(first) if stop == first + 1 else f"{first}-{stop - 1}" for first, stop in spans
+    )
 
 
 def draw_collective_png(algorithm: Algorithm, size: int, path: str | Path, **facts: Any) -> None:
@@ -117,10 +125,11 @@ def draw_collective_png(algorithm: Algorithm, size: int, path: str | Path, **fac
     figure.set_layout_engine("constrained")
     axes = figure.subplots()
     axes.vlines(range(size), -0.15, len(rounds) + 0.15, color="#dde2e6", linewidth=6, zorder=0)
-    for number, messages in enumerate(rounds):
-        for message in messages:
+    for number, exchange in enumerate(rounds):
+        for message in exchange.messages:
             start, end = (message.sender, number + 0.1), (message.receiver, number + 0.9)
-            colour = SUM_COLOUR if _combines(message) else COPY_COLOUR
+            summed, copied = _chunks(message, Reduce), _chunks(message, Receive)
+            colour = SUM_COLOUR if summed else COPY_COLOUR
             arrow = {"arrowstyle": "-|>", "color": colour, "linewidth": 1.4, "shrinkA": 0}
             axes.annotate("", xy=end, xytext=start, arrowprops=arrow)
             # Close to the tail the arrows of a round are still apart.
@@ -128,7 +137,7 @@ def draw_collective_png(algorithm: Algorithm, size: int, path: str | Path, **fac
             axes.text(
                 start[0] + along * (end[0] - start[0]),
                 start[1] + along * (end[1] - start[1]),
-                _chunks(message),
+                f"{summed} {copied}".strip(),
                 ha="center",
                 va="center",
                 fontsize=8,
@@ -143,7 +152,7 @@ def draw_collective_png(algorithm: Algorithm, size: int, path: str | Path, **fac
     axes.set_ylabel("round", color=INK)
     axes.tick_params(length=0, colors=INK)
     axes.spines[:].set_visible(False)
-    cost = algorithm.cost(size)
+    cost = algorithm.cost(size, **facts)
     name = getattr(algorithm.program, "__name__", "program")
     published = f"{cost.rounds} rounds, {cost.sent} n sent, {cost.reduced} n reduced"
     figure.suptitle(f"{name}: {published}", color=INK)

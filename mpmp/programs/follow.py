@@ -1,24 +1,21 @@
-"""All ranks of a program at once: which send meets which receive, which action waits for which.
-
-A rank starts all steps of a round together and goes on when all of them have met their partner
-(rendezvous: nothing is buffered). Between two ranks messages meet in the order they were started.
-"""
+"""All ranks of a program at once: which send meets which receive, which action waits for which."""
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
+
 from mpmp.errors import ProgramError
+from mpmp.programs.exchange import Exchange, Vector, spread
+from mpmp.programs.meeting import circle, fault, live, peer_of
 from mpmp.programs.steps import (
     BACKWARD,
     FORWARD,
     NONE,
     Action,
     Algorithm,
-    Receive,
     Reduce,
     Round,
     Schedule,
@@ -26,147 +23,114 @@ from mpmp.programs.steps import (
     Step,
 )
 
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """A send of ``sender`` that meets a receive or a reduction of ``receiver``."""
-
-    sender: int
-    receiver: int
-    send: Send
-    put: Receive | Reduce
+ONE_BY_ONE = 64
+"""Up to this size every rank's program is run by itself; larger groups give it a vector of ranks,
+which the tests prove to be the same."""
 
 
-def follow_collective(algorithm: Algorithm, size: int, **facts: Any) -> list[list[Message]]:
-    """The messages of every round; a ProgramError names the rank, the round and what is wrong."""
+def follow_collective(algorithm: Algorithm, size: int, **facts: Any) -> list[Exchange]:
+    """What moves in every round; a ProgramError names the rank, the round and what is wrong."""
+    if not isinstance(algorithm, Algorithm):
+        raise ProgramError(
+            f"{getattr(algorithm, 'program', algorithm)} sends no messages; only a program of "
+            "rounds can be followed and drawn"
+        )
+    unknown = sorted(set(facts) - set(algorithm.facts))
+    if unknown:
+        takes = ", ".join(algorithm.facts) or "none"
+        raise ProgramError(f"the program takes no fact {unknown[0]}; its facts: {takes}")
+    num_chunks = algorithm.num_chunks(size, **facts)
+    for rounds in _tables(algorithm, size, facts):
+        exchanges = [_exchange(steps, size, num_chunks) for steps in rounds]
+        met = [one for one in exchanges if one is not None]
+        if len(met) == len(exchanges):
+            return met
     programs = [list(algorithm.program(rank, size, **facts)) for rank in range(size)]
-    num_chunks = algorithm.num_chunks(size)
-    for rank, rounds in enumerate(programs):
-        if len(rounds) != len(programs[0]):
-            number = min(len(rounds), len(programs[0]))
-            raise ProgramError(
-                f"rank {rank}, round {number}: the program has {len(rounds)} rounds here "
-                f"and {len(programs[0])} on rank 0; every rank must have the same number"
-            )
-        for number, one in enumerate(rounds):
-            fault = _fault(one, rank, size, num_chunks)
-            if fault:
-                raise ProgramError(f"rank {rank}, round {number}: {fault}")
-    return _Meeting(programs).messages
+    reason = fault(programs, num_chunks)
+    assert reason is not None, "steps that do not meet in columns meet one by one"
+    raise ProgramError(reason)
 
 
-def peer_of(step: Step) -> int:
-    """The other rank of a step."""
-    peer: int = step.to if isinstance(step, Send) else step.source
-    return peer
+# --- the steps of a round as columns ------------------------------------------------------------
+
+SEND, RECEIVE, REDUCE = range(3)
 
 
-def live(one: Round) -> list[Step]:
-    """The steps of a round that have a peer."""
-    return [step for step in one.steps if peer_of(step) != NONE]
+def _tables(algorithm: Algorithm, size: int, facts: dict[str, Any]) -> Iterator[list[Vector]]:
+    """For every round [rank | kind | peer | chunk | count, step], from a vector of ranks if the
+    group is large, then from the ranks one by one."""
+    if size > ONE_BY_ONE:
+        try:
+            together = algorithm.program(np.arange(size), size, **facts)
+            yield [_columns(one, size) for one in together]
+        except (AttributeError, TypeError, ValueError):
+            pass  # a program that branches on its rank cannot take a vector of them
+    programs = [list(algorithm.program(rank, size, **facts)) for rank in range(size)]
+    if all(len(rounds) == len(programs[0]) for rounds in programs):
+        yield [_rows(rounds) for rounds in zip(*programs, strict=True)]
 
 
-def _fault(one: Round, rank: int, size: int, num_chunks: int) -> str | None:
-    """What is wrong with a round by itself, whatever the others do."""
-    writers: dict[int, Step] = {}
-    for step in live(one):
-        if not 0 <= peer_of(step) < size or peer_of(step) == rank:
-            return f"{step} names a peer that is not another rank of the {size}"
-        if step.count < 1 or step.chunk < 0 or step.chunk + step.count > num_chunks:
-            return f"{step} does not lie within the {num_chunks} chunks"
-        if isinstance(step, Send):
-            continue
-        for chunk in range(step.chunk, step.chunk + step.count):
-            if chunk in writers:
-                return f"{step} and {writers[chunk]} overlap in chunk {chunk}"
-            writers[chunk] = step
-    return None
+def _kind(step: Step) -> int:
+    return SEND if isinstance(step, Send) else REDUCE if isinstance(step, Reduce) else RECEIVE
 
 
-@dataclass(frozen=True, slots=True)
-class _Post:
-    """A step that was started and waits for its partner."""
-
-    rank: int
-    number: int
-    step: Step
-
-
-class _Meeting:
-    """Lets all ranks run until they end, or until nobody can go on."""
-
-    def __init__(self, programs: list[list[Round]]) -> None:
-        self.programs = programs
-        self.messages: list[list[Message]] = [[] for _ in programs[0]]
-        self.posts: dict[tuple[int, int], deque[_Post]] = defaultdict(deque)
-        self.unmet = [0] * len(programs)
-        self.free = deque((rank, 0) for rank in range(len(programs)))
-        while self.free:
-            rank, number = self.free.popleft()
-            if number < len(self.messages):
-                self._start(rank, number)
-        stuck = [post for queue in self.posts.values() for post in queue]
-        if stuck:
-            raise ProgramError(_deadlock(stuck))
-
-    def _start(self, rank: int, number: int) -> None:
-        steps = live(self.programs[rank][number])
-        self.unmet[rank] = len(steps)
-        if not steps:
-            self.free.append((rank, number + 1))
-        for step in steps:
-            sends = isinstance(step, Send)
-            pair = (rank, peer_of(step)) if sends else (peer_of(step), rank)
-            queue, post = self.posts[pair], _Post(rank, number, step)
-            if queue and isinstance(queue[0].step, Send) != sends:
-                partner = queue.popleft()
-                self._meet(*((post, partner) if sends else (partner, post)))
-            else:
-                queue.append(post)
-
-    def _meet(self, send: _Post, put: _Post) -> None:
-        assert isinstance(send.step, Send) and not isinstance(put.step, Send)
-        where = f"rank {put.rank}, round {put.number}"
-        if send.number != put.number:
-            raise ProgramError(
-                f"{where}: {put.step} meets what rank {send.rank} sends in round {send.number}; "
-                "rounds of one number must speak to each other"
-            )
-        if send.step.count != put.step.count:
-            raise ProgramError(f"{where}: {put.step} meets {send.step}, whose count is another")
-        self.messages[put.number].append(Message(send.rank, put.rank, send.step, put.step))
-        for post in (send, put):
-            self.unmet[post.rank] -= 1
-            if not self.unmet[post.rank]:
-                self.free.append((post.rank, post.number + 1))
+def _rows(rounds: Iterable[Round]) -> Vector:
+    """The steps of one round, given rank by rank."""
+    rows = [
+        (rank, _kind(step), peer_of(step), step.chunk, step.count)
+        for rank, one in enumerate(rounds)
+        for step in live(one)
+    ]
+    return np.array(rows, np.int64).reshape(-1, 5).T
 
 
-def _deadlock(stuck: list[_Post]) -> str:
-    """Why nobody can go on, told from the rank that is furthest behind.
+def _columns(one: Round, size: int) -> Vector:
+    """The steps of one round, given for a vector of ranks."""
+    table = np.empty((5, len(one.steps), size), np.int64)
+    table[0] = np.arange(size)
+    for place, step in enumerate(one.steps):
+        for row, word in enumerate((_kind(step), peer_of(step), step.chunk, step.count), start=1):
+            table[row, place] = word
+    live_steps: Vector = table.reshape(5, -1)[:, table[2].reshape(-1) != NONE]
+    return live_steps
 
-    Nobody is behind it, so its peer has started that round too and has no partner for it there.
-    """
-    stuck.sort(key=lambda post: (post.number, post.rank))
-    first = stuck[0]
-    waits_for = {post.rank: peer_of(post.step) for post in reversed(stuck)}
-    missing = "receives" if isinstance(first.step, Send) else "sends"
-    return (
-        f"rank {first.rank}, round {first.number}: {first.step} waits for ever, because rank "
-        f"{peer_of(first.step)} {missing} nothing that fits in that round"
-        + _circle(first.rank, waits_for, "ranks")
+
+def _exchange(steps: Vector, size: int, num_chunks: int) -> Exchange | None:
+    """The steps of a round as rows of what meets; None where anything is wrong with them."""
+    rank, kind, peer, chunk, count = steps
+    lies = (chunk >= 0) & (count >= 1) & (chunk + count <= num_chunks)
+    if not (lies & (peer >= 0) & (peer < size) & (peer != rank)).all():
+        return None
+    # In the order of sender and receiver; the sort is stable and keeps the order of the steps.
+    key = np.where(kind == SEND, rank * size + peer, peer * size + rank)
+    in_order = np.argsort(key, kind="stable")
+    sends, puts = (in_order[(kind[in_order] == SEND) == wanted] for wanted in (True, False))
+    if len(sends) != len(puts) or (key[sends] != key[puts]).any():
+        return None
+    if (count[sends] != count[puts]).any():
+        return None
+    exchange = Exchange(
+        rank[sends], rank[puts], chunk[sends], chunk[puts], count[puts], kind[puts] == REDUCE
     )
+    return None if _overlaps(exchange, num_chunks) else exchange
 
 
-def _circle(start: int, waits_for: Mapping[int, int], what: str) -> str:
-    """The cyclic wait that ``start`` leads to, as the end of a sentence; empty if there is none."""
-    path = [start]
-    while path[-1] in waits_for:
-        peer = waits_for[path[-1]]
-        if peer in path:
-            circle = [*path[path.index(peer) :], peer]
-            return f"; {what} {' -> '.join(map(str, circle))} wait for one another"
-        path.append(peer)
-    return ""
+def _overlaps(exchange: Exchange, num_chunks: int) -> bool:
+    """Whether a chunk is written twice and not only combined, each time with another rank's."""
+    receivers = np.sort(exchange.receiver)
+    if (receivers[1:] != receivers[:-1]).all():
+        return False
+    cell = spread(exchange.receiver * num_chunks + exchange.put, exchange.count)
+    sender = np.repeat(exchange.sender, exchange.count)
+    combines = np.repeat(exchange.combines, exchange.count)
+    in_order = np.lexsort((sender, cell))
+    cell, sender, combines = cell[in_order], sender[in_order], combines[in_order]
+    twice = cell[1:] == cell[:-1]
+    fits = combines[1:] & combines[:-1] & (sender[1:] != sender[:-1])
+    return bool((twice & ~fits).any())
+
+
+# --- schedules ----------------------------------------------------------------------------------
 
 
 def need(stage: int, stages: int, action: Action) -> tuple[int, Action] | None:
@@ -202,7 +166,7 @@ def follow_schedule(
             stage = min(waits_for)
             raise ProgramError(
                 f"stage {stage}, action {position[stage]}: {todo[stage][position[stage]]} waits "
-                f"for ever for stage {waits_for[stage]}" + _circle(stage, waits_for, "stages")
+                f"for ever for stage {waits_for[stage]}" + circle(stage, waits_for, "stages")
             )
 
 

@@ -1,11 +1,21 @@
-"""Simulate: the time a program takes on a described link, or a schedule on described stages.
+"""Simulate: the time a program takes on a described cluster, or a schedule on described stages.
 
 Collectives, the alpha-beta-gamma model: every rank has one port out and one port in, which work at
 the same time. A message of n bytes takes ``alpha + n beta`` from the moment both ports are free;
-the messages of a round use a port one after another, in the order in which the receiver lists
-them. What arrived is combined at ``gamma`` a byte once all messages of the rank's round are
-through; then the rank's next round begins. No links are shared and no rank waits for another but
-by messages.
+all steps of a round between two ranks are one message. The messages of a round use a port one after
+another, in the order in which the receiver lists them. What arrived is combined at ``gamma`` a byte
+once all messages of the rank's round are through; then the rank's next round begins. No rank waits
+for another but by messages.
+
+On a ``Cluster`` a message between ranks of one host takes the numbers of ``same_host``, any other
+those of ``other_host``. The ranks of a host share ``rails`` ports to others: where k messages of
+one round can leave (or enter) it at once, a byte of them takes max(1, k / rails) times as long; a
+rank has one port, so k counts the different ranks that send them, or take them in if those are
+fewer. That is the fluid model: shares are equal and last for the whole round, there are no packets,
+and between hosts nothing is in the way.
+
+Windows: the ranks of one host at one memory; to wait for one another takes ``sync_s``, a byte read
+or written ``seconds_per_byte``.
 
 Schedules: a stage does its actions in their order, each as soon as what it needs has arrived.
 Transfers take ``transfer`` seconds from the end of an action and keep nobody busy.
@@ -18,95 +28,68 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from mpmp.errors import ProgramError
+from mpmp.errors import ConfigError
+from mpmp.programs.cluster import Cluster as Cluster
+from mpmp.programs.cluster import Link as Link
+from mpmp.programs.cluster import Memory as Memory
+from mpmp.programs.collectives import COLLECTIVES
 from mpmp.programs.follow import follow_schedule, need, peak_live
-from mpmp.programs.partition import partition
-from mpmp.programs.steps import (
-    FORWARD,
-    NONE,
-    Action,
-    Algorithm,
-    Reduce,
-    Round,
-    Schedule,
-    Send,
-    Step,
-)
-
-Vector = NDArray[Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Link:
-    """Seconds per message, per byte sent and per byte combined."""
-
-    alpha_s: float
-    beta_s_per_byte: float
-    gamma_s_per_byte: float = 0.0
+from mpmp.programs.rounds import Chunks, Rounds
+from mpmp.programs.steps import FORWARD, NONE, Action, Algorithm, Schedule
+from mpmp.programs.windows import ALL, Await, Combine, WindowAlgorithm
 
 
 def simulate_collective(
-    algorithm: Algorithm, size: int, nbytes: int, link: Link, **facts: Any
+    algorithm: Algorithm, size: int, nbytes: int, cluster: Cluster | Link, **facts: Any
 ) -> float:
-    """Seconds until the last of ``size`` ranks has ended, for a buffer of ``nbytes``."""
-    pieces = partition(nbytes, algorithm.num_chunks(size))
-    bounds = np.array([0, *(stop for _, stop in pieces)])
-    now = np.zeros(size)
+    """Seconds until the last of ``size`` ranks has ended, for a buffer of ``nbytes``.
+
+    A ``Link`` joins all ranks alike. On a cluster ranks fill the hosts in order, unless the fact
+    ``hosts`` places them. Facts that the algorithm does not take are left out.
+    """
+    hosts: Sequence[int] = ()
+    if isinstance(cluster, Cluster):
+        hosts = facts.setdefault("hosts", cluster.placement(size))
+        if len(hosts) != size or not set(hosts) <= set(range(cluster.hosts)):
+            raise ConfigError(
+                f"hosts must give each of the {size} ranks a host below {cluster.hosts}; "
+                f"it speaks of {len(hosts)} ranks on hosts {min(hosts)} to {max(hosts)}"
+            )
+    facts = algorithm.taken(facts)
+    num_chunks = algorithm.num_chunks(size, **facts)
+    # An all-to-all has an input and an output of n bytes in its buffer.
+    copies = num_chunks // size if algorithm in COLLECTIVES.get("alltoall", {}).values() else 1
+    chunks = Chunks(nbytes, num_chunks // copies, copies)
+    clock = Rounds(size, cluster, hosts)
     for number, one in enumerate(algorithm.program(np.arange(size), size, **facts)):
-        now = _end_of_round(number, one, now, bounds, link)
+        clock.play(number, one, chunks)
+    return float(clock.now.max())
+
+
+def simulate_window(
+    algorithm: WindowAlgorithm, size: int, nbytes: int, memory: Memory, **facts: Any
+) -> float:
+    """Seconds until the last of ``size`` ranks of one host has ended, for ``nbytes`` a window."""
+    facts = algorithm.taken(facts)
+    chunks = Chunks(nbytes, algorithm.num_chunks(size, **facts))
+    now = published = np.zeros(size)
+    for step in algorithm.program(np.arange(size), size, **facts):
+        if isinstance(step, Combine):
+            touched = _windows(step.sum_from, size) + _windows(step.store_to, size)
+            used = np.not_equal(step.store_to, NONE)
+            now = now + used * touched * chunks.bytes_of(step) * memory.seconds_per_byte
+        elif isinstance(step, Await):
+            others = published.max() if np.all(step.source == ALL) else published[step.source]
+            now = np.maximum(now, others) + memory.sync_s
+        else:
+            published = now
     return float(now.max())
 
 
-def _end_of_round(number: int, one: Round, now: Vector, bounds: Vector, link: Link) -> Vector:
-    """When each rank ends the round that it began at ``now``."""
-    ranks = np.arange(len(now))
-    out_free, in_free, combining = now.copy(), now.copy(), np.zeros(len(now))
-    sends = [step for step in one.steps if isinstance(step, Send)]
-    # Peers of the sends and receives that have not met yet; a met one becomes NONE.
-    to = [_peers(step.to, ranks) for step in sends]
-    for put in one.steps:
-        if isinstance(put, Send):
-            continue
-        source = _peers(put.source, ranks)
-        for peers, send in zip(to, sends, strict=True):
-            receiver = np.flatnonzero((source != NONE) & (peers[source] == ranks))
-            sender = source[receiver]
-            nbytes = _span_bytes(send, sender, bounds)
-            arrival = np.maximum(out_free[sender], in_free[receiver])
-            arrival += link.alpha_s + nbytes * link.beta_s_per_byte
-            out_free[sender] = in_free[receiver] = arrival
-            if isinstance(put, Reduce):
-                combining[receiver] += nbytes * link.gamma_s_per_byte
-            peers[sender] = source[receiver] = NONE
-        _all_met(number, source, "receives from")
-    for peers in to:
-        _all_met(number, peers, "sends to")
-    ended: Vector = np.maximum(out_free, in_free) + combining
-    return ended
-
-
-def _peers(peers: Any, ranks: Vector) -> Vector:
-    return np.broadcast_to(peers, ranks.shape).copy()
-
-
-def _span_bytes(step: Step, ranks: Vector, bounds: Vector) -> Vector:
-    """The bytes of the chunks a step speaks of on the given ranks."""
-    chunk, count = (
-        part if np.ndim(part) == 0 else part[ranks] for part in (step.chunk, step.count)
-    )
-    span: Vector = np.broadcast_to(bounds[chunk + count] - bounds[chunk], ranks.shape)
-    return span
-
-
-def _all_met(number: int, peers: Vector, does: str) -> None:
-    if (peers != NONE).any():
-        rank = int(np.flatnonzero(peers != NONE)[0])
-        raise ProgramError(
-            f"rank {rank}, round {number}: {does} rank {peers[rank]}, which has no partner for it; "
-            "check the program before it is simulated"
-        )
+def _windows(named: Any, size: int) -> Any:
+    """How many windows a word of a window program speaks of."""
+    return np.where(np.equal(named, ALL), size, 1)
 
 
 # --- schedules ----------------------------------------------------------------------------------

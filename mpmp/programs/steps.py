@@ -15,7 +15,14 @@ Rules of a round, the same for the checker, the simulator and the executor:
    overwrites the chunk, ``Reduce`` combines with it.
 3. A step whose peer is ``NONE`` does nothing, whatever its chunk and count. Every rank yields the
    same number of rounds, and the n-th round of one rank speaks to the n-th round of its peers.
-4. A step moves ``count`` consecutive chunks as one message.
+4. A step moves ``count`` consecutive chunks. Steps of one round that go to the same peer are one
+   message, their spans one after another in the order in which they are listed; so are those that
+   come from the same peer. The i-th step that sends to a peer meets the i-th step of that peer that
+   takes from this rank, and both have the same count.
+5. Several ``Reduce`` of a round may speak of one chunk, each from another peer; nothing else may
+   overlap. What a rank holds and what arrives for it are combined in the order of the ranks, its
+   own at its own place: both partners of an exchange compute ``combine(lower's, higher's)``, and so
+   the same bits.
 
 Programs are written in plain arithmetic with ``where`` in place of branches on the rank, so that
 giving them a NumPy vector of ranks follows the whole group at once.
@@ -23,10 +30,10 @@ giving them a NumPy vector of ranks follows the whole group at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -91,33 +98,49 @@ class Cost:
     """The published cost of a collective on n bytes, as multiples of n.
 
     ``rounds`` is the longest chain of messages (the factor of alpha), ``sent`` the most bytes any
-    rank sends (the factor of beta), ``reduced`` the most bytes any rank combines (of gamma).
+    rank sends (the factor of beta), ``reduced`` the most bytes any rank combines (of gamma) and
+    ``received`` the most bytes any rank takes in, as many as are sent where it is not given.
     """
 
     rounds: int
     sent: Fraction
     reduced: Fraction = Fraction(0)
+    received: Fraction = cast(Fraction, None)
+
+    def __post_init__(self) -> None:
+        if self.received is None:
+            object.__setattr__(self, "received", self.sent)
 
 
 @dataclass(frozen=True, slots=True)
 class Algorithm:
     """A program with what must be known to run and to judge it.
 
-    ``program(rank, size, **facts)`` yields rounds; ``num_chunks(size)`` says into how many chunks
-    the buffer is cut; ``cost(size)`` is the closed form that the checker holds it to.
+    ``program(rank, size, **facts)`` yields rounds; ``num_chunks(size, **facts)`` says into how many
+    chunks the buffer is cut; ``cost(size, **facts)`` is the closed form that the checker holds it
+    to. ``facts`` names the facts that all three take, each with a default: ``root`` (a rank),
+    ``hosts`` (the number of the host of each rank; empty: all on one) and ``segments`` (into how
+    many pieces a pipeline cuts what it moves). ``fixed_order`` holds where a sum is combined in the
+    order of the ranks, whatever the size: it has the same bits as a sum on one rank.
     """
 
     program: Callable[..., Iterator[Round]]
-    num_chunks: Callable[[int], int]
-    cost: Callable[[int], Cost]
+    num_chunks: Callable[..., int]
+    cost: Callable[..., Cost]
+    facts: tuple[str, ...] = ()
+    fixed_order: bool = False
+
+    def taken(self, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """Of what is known of a group and a call, the facts that this program takes."""
+        return {name: facts[name] for name in self.facts if name in facts}
 
 
-def whole(size: int) -> int:
+def whole(size: int, **facts: Any) -> int:
     """The buffer is one chunk."""
     return 1
 
 
-def one_per_rank(size: int) -> int:
+def one_per_rank(size: int, **facts: Any) -> int:
     """The buffer is cut into as many chunks as the group has ranks."""
     return size
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import json
 
-import pytest
-
 from mpmp.job import report
 from mpmp.job.report import Metrics, Reporter, duration, table
 
@@ -68,19 +66,3 @@ def test_resumed_metrics_drop_the_steps_that_are_taken_again(tmp_path):
     assert steps == [None, 1, 2, 3]
     Metrics(tmp_path / "none" / "metrics.jsonl", False, None).write(x=1)
     assert not (tmp_path / "none").exists()
-
-
-@pytest.mark.parametrize("collective", ("allreduce", "reduce_scatter", "allgather", "broadcast"))
-def test_the_default_choice_exists(collective):
-    from mpmp.programs.choose import choose
-    from mpmp.programs.collectives import find
-
-    names = {
-        choose(collective, size, nbytes)
-        for size in (1, 2, 3, 4, 8, 12)
-        for nbytes in (0, 8, 2048, 2049, 1 << 19, 1 << 20, 1 << 30)
-    }
-    for name in names:
-        find(collective, name)
-    if collective != "broadcast":
-        assert len(names) == 2, "short and long messages differ"

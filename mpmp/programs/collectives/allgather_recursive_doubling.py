@@ -5,7 +5,8 @@
       0---2, 1---3    Each rank sends (p-1)/p n bytes.
                       A size that is no power of two is folded first: the upper rank of a pair
                       gives its chunk to the lower one and gets all n bytes at the end,
-                      floor(lg p) + 2 rounds; rank 0 sends the heaviest blocks.
+                      floor(lg p) + 2 rounds; rank 0 sends the heaviest blocks and n bytes
+                      more, the upper rank receives n.
 
 Thakur, Rabenseifner, Gropp 2005.
 """
@@ -39,7 +40,11 @@ def cost(size: int) -> Cost:
     fold = Fold(0, size)
     known = sum(fold.block(0, distance)[1] for distance in fold.distances)
     handed_back = size if fold.surplus else 0
-    return Cost(rounds=fold.num_rounds, sent=Fraction(known + handed_back, size))
+    return Cost(
+        rounds=fold.num_rounds,
+        sent=Fraction(known + handed_back, size),
+        received=Fraction(size if fold.surplus else size - 1, size),
+    )
 
 
 ALLGATHER_RECURSIVE_DOUBLING = Algorithm(allgather_recursive_doubling, one_per_rank, cost)

@@ -37,9 +37,9 @@ def broadcast_binomial(rank: Ranks, size: int, *, root: int = 0) -> Iterator[Rou
         )
 
 
-def cost(size: int) -> Cost:
+def cost(size: int, *, root: int = 0) -> Cost:
     rounds = (size - 1).bit_length()
-    return Cost(rounds=rounds, sent=Fraction(rounds))
+    return Cost(rounds=rounds, sent=Fraction(rounds), received=Fraction(min(rounds, 1)))
 
 
-BROADCAST_BINOMIAL = Algorithm(broadcast_binomial, whole, cost)
+BROADCAST_BINOMIAL = Algorithm(broadcast_binomial, whole, cost, facts=("root",))

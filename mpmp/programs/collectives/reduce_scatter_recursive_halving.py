@@ -5,8 +5,8 @@
       0-1 2-3         Each rank sends and reduces (p-1)/p n bytes.
                       A size that is no power of two is folded first: the upper rank of a pair
                       gives its whole vector to the lower one, which halves for both and hands
-                      back one chunk: floor(lg p) + 2 rounds, n bytes sent; the lower reduces
-                      n bytes more than its halves, of which rank 0 keeps the heaviest.
+                      back one chunk: floor(lg p) + 2 rounds, n bytes sent; the lower receives
+                      and reduces n bytes more than its halves, of which rank 0 keeps the heaviest.
 
 Thakur, Rabenseifner, Gropp 2005.
 """
@@ -52,6 +52,7 @@ def cost(size: int) -> Cost:
         rounds=fold.num_rounds,
         sent=Fraction(size if fold.surplus else size - 1, size),
         reduced=Fraction(folded + kept, size),
+        received=Fraction(folded + kept, size),
     )
 
 

@@ -1,0 +1,95 @@
+"""The words of a window program: what one rank does in memory that the ranks of a host share.
+
+Every rank has a *window*, its own buffer, which all the others can read and write. Nothing is
+sent: a rank says that its window is ready, waits until others have said so, and combines what lies
+in the windows where it is.
+
+    def allreduce(rank, size):
+        yield Publish()                          # my input is there
+        yield Await(ALL)                         # so is everybody's
+        yield Combine(rank, sum_from=ALL, store_to=ALL)
+        yield Publish()                          # my chunk is summed and in all windows
+        yield Await(ALL)
+
+Rules, the same for the checker and for those who carry it out:
+
+1. ``Await`` of a rank returns when that rank has published as often as this one has.
+2. All ranks publish equally often, and every program begins with ``Publish`` and ``Await(ALL)``:
+   there the ranks compare what they are about to do, and learn where the windows lie.
+3. Summands are added in rank order, each result is rounded once.
+4. When a program has ended on a rank it may write to its own window at once. Where that would be
+   too early the input lies in one of two *slots*, taken in turns (``slots = 2``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+ALL = -2
+"""Every rank of the group, where a word asks for ranks."""
+RESULT = -3
+"""This rank's private result, where a word asks for a window to store to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Publish:
+    """What this rank has done so far may be seen by whoever awaits it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Await:
+    """Go on when ``source`` (a rank, or ALL) has published as often as this rank."""
+
+    source: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Combine:
+    """``count`` chunks from ``chunk`` on, summed over windows, are stored to windows, in one pass.
+
+    ``sum_from`` is a rank or ALL; ``store_to`` a rank, ALL or RESULT.
+    """
+
+    chunk: Any
+    sum_from: Any
+    store_to: Any
+    count: Any = 1
+
+
+WindowStep = Publish | Await | Combine
+
+
+@dataclass(frozen=True, slots=True)
+class WindowCost:
+    """The published cost on n bytes: how often ranks wait for one another, and bytes touched.
+
+    ``read`` and ``written`` are the most that any rank reads and writes, as multiples of n.
+    """
+
+    syncs: int
+    read: Fraction
+    written: Fraction
+
+
+@dataclass(frozen=True, slots=True)
+class WindowAlgorithm:
+    """A window program with what must be known to run and to judge it; see steps.Algorithm."""
+
+    program: Callable[..., Iterator[WindowStep]]
+    num_chunks: Callable[..., int]
+    cost: Callable[..., WindowCost]
+    facts: tuple[str, ...] = ()
+    slots: int = 1
+    fixed_order: bool = True
+
+    def taken(self, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """Of what is known of a group and a call, the facts that this program takes."""
+        return {name: facts[name] for name in self.facts if name in facts}
+
+
+def members(source: int, size: int) -> range:
+    """The ranks that a word speaks of."""
+    return range(size) if source == ALL else range(source, source + 1)
