@@ -6,7 +6,7 @@ import os
 import socket
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 from mpmp.comm import ending
 from mpmp.comm.mpi import MPI
 from mpmp.comm.probe import probe, weakest
+from mpmp.comm.share import Shares, open_shares
 from mpmp.errors import LaunchError, PeerError, TensorError
 from mpmp.launcher import told_local_rank, told_size
 
@@ -50,10 +51,15 @@ class World:
     """MPI was seen to move device memory; else GPU tensors are staged through pinned memory."""
     gpu_path: str = "no GPU"
     """How GPU tensors travel and why, in words."""
+    shares: Shares | None = None
+    """Memory that the ranks of this host share."""
+    why_no_shares: str = ""
     trace: bool = False
     limit_s: float = 600.0
     """Seconds a rank waits for a peer before it gives the job up."""
     born_s: float = field(default_factory=time.perf_counter)
+    meanwhile: dict[object, Callable[[], None]] = field(default_factory=dict)
+    """What the main thread does for others while it waits: by their owners."""
 
     @property
     def name(self) -> str:
@@ -99,16 +105,45 @@ class World:
         background: bool,
         limit_s: float | None,
     ) -> float:
-        if MPI.Request.Testall(requests, statuses):
+        def waited_for() -> Iterator[int]:
+            for request, possible in zip(requests, peers, strict=False):
+                if not request.Get_status():
+                    yield from possible
+
+        return self.until(
+            lambda: bool(MPI.Request.Testall(requests, statuses)),
+            waiting_for,
+            waited_for,
+            background=background,
+            limit_s=limit_s,
+        )
+
+    def until(
+        self,
+        ready: Callable[[], bool],
+        waiting_for: Callable[[], str],
+        waited_for: Callable[[], Iterable[int]],
+        *,
+        background: bool = False,
+        limit_s: float | None = None,
+    ) -> float:
+        """Call ``ready`` until it holds, seconds it took; the loop and its rules are `wait`'s.
+
+        ``waited_for`` names the ranks of the world without which it cannot hold.
+        """
+        if ready():
             return 0.0
         start = time.perf_counter()
         limit = self.limit_s if limit_s is None else limit_s
         spins = 0
         next_look = 2 * _LOOK_S  # what a leaver has sent arrives long before that
-        while not MPI.Request.Testall(requests, statuses):
+        while not ready():
             spins += 1
             if spins < _SPINS and not background:
                 continue
+            if not background:
+                for go_on in tuple(self.meanwhile.values()):
+                    go_on()
             waited = time.perf_counter() - start
             if waited < _YIELD_S and not background:
                 os.sched_yield()
@@ -121,26 +156,18 @@ class World:
                         f"waited {waited:.0f} s for {waiting_for()}; "
                         "a longer limit is set with --comm.timeout_s"
                     )
-                if peers and waited > next_look:
+                if waited > next_look:
                     next_look = waited + _LOOK_S
-                    self._look_for_leavers(requests, peers, waiting_for)
+                    self._look_for_leavers(waited_for(), waiting_for)
         return time.perf_counter() - start
 
-    def _look_for_leavers(
-        self,
-        requests: Sequence[MPI.Request],
-        peers: Sequence[Sequence[int]],
-        waiting_for: Callable[[], str],
-    ) -> None:
-        """Raise PeerError where a peer that a request still waits for has left the job."""
-        for request, possible in zip(requests, peers, strict=True):
-            if request.Get_status():
-                continue
-            for peer in possible:
-                if self.control.Iprobe(source=peer, tag=_LEFT_TAG):
-                    raise PeerError(
-                        f"rank {peer} left the job while this rank waited for {waiting_for()}"
-                    )
+    def _look_for_leavers(self, peers: Iterable[int], waiting_for: Callable[[], str]) -> None:
+        """Raise PeerError where a peer that is still waited for has left the job."""
+        for peer in peers:
+            if self.control.Iprobe(source=peer, tag=_LEFT_TAG):
+                raise PeerError(
+                    f"rank {peer} left the job while this rank waited for {waiting_for()}"
+                )
 
     def leave(self) -> None:
         """Tell all that this rank will send nothing any more, and wait for all to say so."""
@@ -193,6 +220,7 @@ def start(device: str = "auto", limit_s: float = 600.0) -> World:
     found = weakest(comm.allgather(verdict))
     host_comm = comm.Split_type(MPI.COMM_TYPE_SHARED)
     assert isinstance(host_comm, MPI.Intracomm)
+    shares, why_no_shares = open_shares(host_comm, host_comm.allgather(comm.rank))
     world = World(
         rank=comm.rank,
         size=comm.size,
@@ -207,6 +235,8 @@ def start(device: str = "auto", limit_s: float = 600.0) -> World:
         overlap=thread_level == MPI.THREAD_MULTIPLE,
         cuda_aware=found.aware,
         gpu_path=str(found) if chosen.type == "cuda" else "no GPU",
+        shares=shares,
+        why_no_shares=why_no_shares,
         trace=os.environ.get("MPMP_TRACE") == "1",
         limit_s=limit_s,
     )

@@ -1,0 +1,105 @@
+"""Collectives in windows that are prepared once and run, or started and waited for, many times."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from mpmp.comm.lane import Lane
+from mpmp.comm.reductions import Reduction
+from mpmp.comm.spec import Spec
+from mpmp.comm.window_call import AT_ONCE, DONE, WAITING, Patience, WindowCall
+from mpmp.comm.window_plan import lower, window_algorithm
+
+if TYPE_CHECKING:
+    from mpmp.comm.window import Windows
+
+Places = tuple[tuple[int, int], tuple[int, int]]
+"""Where in a buffer a rank's contribution and its result begin and end."""
+
+
+class WindowOperation:
+    """A collective in place on memory that stays, with a lane of its own; run it again and again.
+
+    ``run`` carries it out; ``start`` says that this rank has arrived and ``wait`` does the rest.
+    """
+
+    def __init__(
+        self, windows: Windows, spec: Spec, reduction: Reduction, x: Tensor, places: Places
+    ) -> None:
+        self.windows, self.spec, self.reduction = windows, spec, reduction
+        (at, end), (start, stop) = places
+        self.input, self.output = x[at:end], x[start:stop]
+        self._places = at, start
+        self._retire: Callable[[], object] = lambda: None
+        windows.agree(spec)  # before anything of it is opened
+        slots = window_algorithm(spec).slots
+        nbytes = spec.bounds[-1] * spec.dtype.itemsize
+        self._lane: Lane | None = None
+        if slots == 1 or nbytes <= windows.slot_bytes:
+            self._lane = windows.open_lane(nbytes if slots == 2 else 0)
+        self._call: WindowCall | None = None
+        if self._lane is not None:
+            rank = windows.comm.rank
+            self._call = lower(spec, reduction, spec.algorithm, spec.bounds, self._lane, rank)
+            self._call.place(windows.shares.offset(x), x, x)
+            # A slow rank may still read the lane of an operation that is gone here.
+            self._retire = weakref.finalize(self, windows.retired.append, self._lane)
+        self._alternate = slots == 2
+        self._outcome = DONE
+
+    def run(self) -> None:
+        """Carry it out at once."""
+        self.windows.settle()
+        self.begin(self.windows.patience)
+        if self._outcome != DONE:
+            self.complete()
+
+    def start(self) -> WindowOperation:
+        """Arrive; what is started is finished in the order of the starts."""
+        self.windows.drive(self)  # where it was started before and not waited for
+        self.windows.enqueue(self)
+        self.begin(AT_ONCE)
+        return self
+
+    def wait(self) -> float:
+        """Return when it is done; the seconds that took."""
+        began = time.perf_counter()
+        self.windows.drive(self)
+        return time.perf_counter() - began
+
+    def begin(self, patience: Patience) -> None:
+        call, lane = self._call, self._lane
+        if call is None or lane is None:
+            self._outcome = WAITING
+            return
+        if self._alternate:
+            call.struct.offset = lane.next_slot()
+        self._outcome = call.advance(patience)
+
+    def go_on(self) -> bool:
+        """Do what can be done without waiting; whether it is done."""
+        if self._call is not None and self._outcome == WAITING:
+            self._outcome = self._call.advance(AT_ONCE)
+        return self._outcome == DONE
+
+    def complete(self) -> None:
+        """Wait for the others and do what is left."""
+        outcome, windows = self._outcome, self.windows
+        if self._call is not None and outcome != DONE:
+            outcome = windows.finish(self._call, self.spec, outcome)
+        if outcome != DONE:  # somebody's memory is out of the others' reach
+            self._call = None
+            at, start = self._places
+            windows.follow(self.spec, self.reduction, self.input, at, self.output, start)
+        self._outcome = DONE
+
+    def free(self) -> None:
+        """Let its lane go; it must not be used afterwards."""
+        self.windows.drive(self)
+        self._call = None
+        self._retire()
