@@ -74,6 +74,22 @@ class Comm:
     """Algorithm of every allgather."""
     broadcast: str = "auto"
     """Algorithm of every broadcast."""
+    reduce: str = "auto"
+    """Algorithm of every reduce."""
+    gather: str = "auto"
+    """Algorithm of every gather."""
+    scatter: str = "auto"
+    """Algorithm of every scatter."""
+    alltoall: str = "auto"
+    """Algorithm of every all-to-all."""
+    barrier: str = "auto"
+    """Algorithm of every barrier."""
+    windows: Literal["auto", "on", "off"] = "auto"
+    """Memory shared by the ranks of a host: where there is room, demanded, or never."""
+    table: str | None = None
+    """File of measurements, by bench, that auto chooses by; omitted: published thresholds."""
+    explain: bool = False
+    """Say, once for each new plan, which algorithm was taken and why."""
     timeout_s: float = 600.0
     """Seconds a rank waits for a peer before the job is ended with code 76."""
 

@@ -1,7 +1,7 @@
 """The one door for tensors into MPI: contiguous, of a known dtype, on a known device.
 
 MPI moves bytes and never sees a dtype, so it can neither misread a bf16 tensor nor sum garbage.
-Messages longer than MPI's 31-bit counts are cut into pieces.
+Messages longer than MPI's 31-bit counts are cut into pieces (plans cut theirs finer still).
 """
 
 from __future__ import annotations

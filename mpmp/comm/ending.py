@@ -98,6 +98,9 @@ def end(error: BaseException) -> NoReturn:
     if _job is None:
         say_once(_sentence(error))
         os._exit(code)
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)  # another rank's end has nothing to add
     if code in _ALIKE and _job.rank != 0:
         time.sleep(0.3)
     say(_sentence(error), error)

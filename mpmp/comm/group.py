@@ -1,208 +1,260 @@
-"""A group of ranks and what they do together: collectives, started ones, and messages.
+"""A group of ranks and what they do together: the collectives, now, prepared or started.
 
 Results are new tensors unless ``out`` is given. Tensors are contiguous, detached and of a dtype
 that ``buffer`` lists; anything else is refused with a TensorError. All ranks of the group must
 make the same calls in the same order.
+
+Rows are elements of dim 0. ``algorithm`` names one of the table of programs in place of the choice
+that the settings make; ``op`` is "sum", "avg" (the sum divided by the size), "max", "min", "prod"
+or an associative and commutative function f(a, b) of yours. ``order="fixed"`` combines in the order
+of the ranks whatever the size, so that the bits are those of a sum on one rank.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from itertools import accumulate
+from typing import overload
 
 import torch
 from torch import Tensor
 
-from mpmp.comm.buffer import admit, load, wire_dtype
-from mpmp.comm.executor import Executor
-from mpmp.comm.mpi import MPI
-from mpmp.comm.plan import Spec
-from mpmp.comm.progress import Progress
-from mpmp.comm.started import PreparedAllreduce
-from mpmp.comm.transfer import Transfer
-from mpmp.config import Comm
+from mpmp.comm.arguments import (
+    lengths_for,
+    list_of,
+    own_length,
+    result_for,
+    root_of,
+    rows_of,
+    times,
+)
+from mpmp.comm.buffer import admit
+from mpmp.comm.carrier import Carrier
+from mpmp.comm.coalesced import PreparedList, by_dtype, split
+from mpmp.comm.reductions import Op
+from mpmp.comm.started import Replay
+from mpmp.comm.uneven import alltoall_uneven
 from mpmp.errors import TensorError
-from mpmp.programs import collectives
-from mpmp.programs.choose import choose
 from mpmp.programs.partition import partition
 
-SLOT_BYTES = 256 * 1024
-"""Up to here a copy into a prepared staging slot is cheaper than posting requests anew."""
 
+class Group(Carrier):
+    """The collectives of some ranks; Carrier says what a group knows of itself."""
 
-class Group:
-    """Ranks of one axis (or several) of the mesh.
-
-    ``rank`` is this rank's place in the group, ``ranks`` all members by their rank in the world,
-    ``spent_s`` the seconds this rank has spent here, waiting included (started operations aside).
-    """
-
-    def __init__(
-        self, now: Executor, started: Executor, progress: Progress, settings: Comm
-    ) -> None:
-        self._now, self._started, self._progress, self._settings = now, started, progress, settings
-        self.name, self.ranks = now.name, now.ranks
-        self.rank, self.size = now.comm.rank, now.comm.size
-
-    def __repr__(self) -> str:
-        return f"Group({self.name}, rank {self.rank} of {self.ranks})"
-
-    @property
-    def spent_s(self) -> float:
-        return self._now.spent_s
-
-    # --- collectives ----------------------------------------------------------------------------
-
+    @overload
     def allreduce(
         self,
         x: Tensor,
-        op: str = "sum",
+        op: Op = "sum",
         algorithm: str | None = None,
+        order: str = "any",
         out: Tensor | None = None,
-    ) -> Tensor:
-        """The elementwise sum (max, min) over all ranks, on all ranks; any shape."""
-        result = torch.empty_like(x) if out is None else out
-        if result.shape != x.shape or result.dtype != x.dtype or result.device != x.device:
-            raise TensorError(
-                f"out is {tuple(result.shape)} of {result.dtype} on {result.device}, "
-                f"x is {tuple(x.shape)} of {x.dtype} on {x.device}; they must agree"
-            )
-        flat, target = admit(x), admit(result)
-        spec = self._spec("allreduce", flat, self._even(flat.numel()), op, algorithm)
-        self._carry_out(spec, flat, 0, target, 0)
+    ) -> Tensor: ...
+
+    @overload
+    def allreduce(
+        self,
+        x: Sequence[Tensor],
+        op: Op = "sum",
+        algorithm: str | None = None,
+        order: str = "any",
+        out: Sequence[Tensor] | None = None,
+    ) -> list[Tensor]: ...
+
+    def allreduce(
+        self,
+        x: Tensor | Sequence[Tensor],
+        op: Op = "sum",
+        algorithm: str | None = None,
+        order: str = "any",
+        out: Tensor | Sequence[Tensor] | None = None,
+    ) -> Tensor | list[Tensor]:
+        """All ranks' tensors combined elementwise, on all ranks; any shape.
+
+        A list of tensors is reduced as one vector for each dtype.
+        """
+        if not isinstance(x, Tensor):
+            assert not isinstance(out, Tensor)
+            return self._allreduce_list(x, op, algorithm, order, out)
+        assert out is None or isinstance(out, Tensor)
+        flat, result = admit(x), result_for(x, x.shape, out)
+        asked = self._spec("allreduce", (flat.numel(),), flat, op, algorithm, None, order)
+        self._carry_out(*asked, flat, 0, admit(result), 0)
         return result
 
-    def reduce_scatter(self, x: Tensor, op: str = "sum", algorithm: str | None = None) -> Tensor:
-        """This rank's piece, along dim 0, of the sum over all ranks.
+    def reduce(
+        self,
+        x: Tensor,
+        root: int = 0,
+        op: Op = "sum",
+        algorithm: str | None = None,
+        order: str = "any",
+        out: Tensor | None = None,
+    ) -> Tensor | None:
+        """All ranks' tensors combined elementwise, on rank ``root``; None on the others."""
+        flat, is_root = admit(x), root_of(root, self, self.size) == self.rank
+        result = result_for(x, x.shape, out) if is_root else flat[:0]
+        asked = self._spec("reduce", (flat.numel(),), flat, op, algorithm, root, order)
+        self._carry_out(*asked, flat, 0, admit(result), 0)
+        return result if is_root else None
+
+    def reduce_scatter(
+        self,
+        x: Tensor,
+        op: Op = "sum",
+        algorithm: str | None = None,
+        order: str = "any",
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """This rank's rows of all ranks' tensors combined.
 
         ``x`` is (N, ...); rank r gets the rows ``partition(N, size)[r]``.
         """
-        flat, rows = admit(x), _rows(x)
-        row = flat.numel() // rows if rows else 0
-        bounds = [0, *(stop * row for _, stop in partition(rows, self.size))]
-        start, stop = bounds[self.rank], bounds[self.rank + 1]
-        result = x.new_empty(((stop - start) // row if row else 0, *x.shape[1:]))
-        spec = self._spec("reduce_scatter", flat, bounds, op, algorithm)
-        self._carry_out(spec, flat, 0, result.view(-1), start)
+        flat, (rows, row) = admit(x), rows_of(x)
+        cuts = partition(rows, self.size)
+        first, end = cuts[self.rank]
+        result = result_for(x, (end - first, *x.shape[1:]), out, -first * row)
+        lengths = times([stop - start for start, stop in cuts], row)
+        asked = self._spec("reduce_scatter", lengths, flat, op, algorithm, None, order)
+        self._carry_out(*asked, flat, 0, admit(result), first * row)
         return result
 
     def allgather(
-        self, x: Tensor, lengths: Sequence[int] | None = None, algorithm: str | None = None
+        self,
+        x: Tensor,
+        lengths: Sequence[int] | None = None,
+        algorithm: str | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
-        """All ranks' pieces, one after the other along dim 0, on all ranks.
+        """All ranks' rows, one after the other, on all ranks.
 
         ``x`` is (n, ...), ``lengths`` the n of every rank (omitted: all as this rank's).
         """
-        flat, rows = admit(x), _rows(x)
-        lengths = [rows] * self.size if lengths is None else list(lengths)
-        if len(lengths) != self.size or lengths[self.rank] != rows:
-            raise TensorError(
-                f"allgather of {rows} rows on rank {self.rank} of {self.size} "
-                f"does not fit the lengths {lengths}"
-            )
-        row = 1
-        for length in x.shape[1:]:
-            row *= length
-        bounds = [0, *accumulate(length * row for length in lengths)]
-        result = x.new_empty((sum(lengths), *x.shape[1:]))
-        spec = self._spec("allgather", flat, bounds, None, algorithm)
-        self._carry_out(spec, flat, bounds[self.rank], result.view(-1), 0)
+        flat, (rows, row) = admit(x), rows_of(x)
+        lengths = self._lengths("allgather", lengths, rows)
+        at = sum(lengths[: self.rank]) * row
+        result = result_for(x, (sum(lengths), *x.shape[1:]), out, at)
+        asked = self._spec("allgather", times(lengths, row), flat, None, algorithm, None, "any")
+        self._carry_out(*asked, flat, at, admit(result), 0)
         return result
 
-    def broadcast(self, x: Tensor, root: int = 0, algorithm: str | None = None) -> Tensor:
+    def gather(
+        self,
+        x: Tensor,
+        root: int = 0,
+        lengths: Sequence[int] | None = None,
+        algorithm: str | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor | None:
+        """All ranks' rows, one after the other, on rank ``root``; None on the others."""
+        flat, (rows, row) = admit(x), rows_of(x)
+        is_root = root_of(root, self, self.size) == self.rank
+        lengths = self._lengths("gather", lengths, rows)
+        at = sum(lengths[: self.rank]) * row
+        result = result_for(x, (sum(lengths), *x.shape[1:]), out, at) if is_root else flat[:0]
+        asked = self._spec("gather", times(lengths, row), flat, None, algorithm, root, "any")
+        self._carry_out(*asked, flat, at, admit(result), 0)
+        return result if is_root else None
+
+    def scatter(
+        self,
+        x: Tensor,
+        root: int = 0,
+        lengths: Sequence[int] | None = None,
+        algorithm: str | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """This rank's rows of the tensor of rank ``root``; the others bring one of the same shape.
+
+        ``lengths`` are the rows of every rank (omitted: as in ``partition(N, size)``).
+        """
+        flat, (rows, row) = admit(x), rows_of(x)
+        root_of(root, self, self.size)
+        if lengths is None:
+            lengths = [stop - start for start, stop in partition(rows, self.size)]
+        lengths = lengths_for("scatter", lengths, self.size, rows)
+        start = sum(lengths[: self.rank]) * row
+        result = result_for(x, (lengths[self.rank], *x.shape[1:]), out, -start)
+        asked = self._spec("scatter", times(lengths, row), flat, None, algorithm, root, "any")
+        self._carry_out(*asked, flat, 0, admit(result), start)
+        return result
+
+    def broadcast(
+        self, x: Tensor, root: int = 0, algorithm: str | None = None, out: Tensor | None = None
+    ) -> Tensor:
         """The tensor of rank ``root`` on all ranks; the others bring one of the same shape."""
-        if not 0 <= root < self.size:
-            raise TensorError(f"root {root} is not a rank of {self}")
-        flat, result = admit(x), torch.empty_like(x)
-        spec = self._spec("broadcast", flat, self._even(flat.numel()), None, algorithm, root)
-        self._carry_out(spec, flat, 0, result.view(-1), 0)
+        flat, result = admit(x), result_for(x, x.shape, out)
+        root_of(root, self, self.size)
+        asked = self._spec("broadcast", (flat.numel(),), flat, None, algorithm, root, "any")
+        self._carry_out(*asked, flat, 0, admit(result), 0)
         return result
 
-    def barrier(self) -> None:
+    def alltoall(
+        self,
+        x: Tensor,
+        send_lengths: Sequence[int] | None = None,
+        algorithm: str | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """The rows that every rank has for this one, one after the other.
+
+        ``x`` is (N, ...): its first rows go to rank 0, the next ones to rank 1 ... Without
+        ``send_lengths`` (rows for each rank, which may differ) all get the same number of rows.
+        """
+        flat, (rows, row) = admit(x), rows_of(x)
+        if send_lengths is not None:
+            lengths = lengths_for("alltoall", send_lengths, self.size, rows)
+            return alltoall_uneven(self, x, lengths, algorithm, out)
+        if rows % self.size:
+            raise TensorError(
+                f"{rows} rows cannot be shared out evenly over {self.size} ranks; say with "
+                "send_lengths how many go to each"
+            )
+        result = result_for(x, x.shape, out)
+        each = times([rows // self.size] * self.size, row)
+        asked = self._spec("alltoall", each, flat, None, algorithm, None, "any")
+        self._carry_out(*asked, flat, 0, admit(result), flat.numel())
+        return result
+
+    def barrier(self, algorithm: str | None = None) -> None:
         """Return when all ranks have come here, without taking the core from those who compute."""
-        self.allreduce(torch.zeros(1))
+        note = torch.zeros(1, dtype=torch.uint8)
+        asked = self._spec("barrier", (1,), note, None, algorithm, None, "any")
+        self._carry_out(*asked, note, 0, note, 0)
 
-    # --- started operations -----------------------------------------------------------------------
+    # --- prepared ---------------------------------------------------------------------------------
 
-    def prepare_allreduce(self, x: Tensor, algorithm: str | None = None) -> PreparedAllreduce:
-        """A sum over all ranks, in place on memory that stays, to be started many times."""
-        flat = admit(x)
-        spec = self._spec("allreduce", flat, self._even(flat.numel()), "sum", algorithm)
-        return PreparedAllreduce(self._started, self._progress, spec, flat)
-
-    # --- messages ---------------------------------------------------------------------------------
-
-    def send(self, x: Tensor, to: int, tag: int) -> Transfer:
-        """Start sending to a rank of the group; ``wait`` before the tensor is written again."""
-        return Transfer(self._now, admit(x), to, tag, sends=True)
-
-    def receive(self, out: Tensor, source: int, tag: int) -> Transfer:
-        """Start receiving from a rank of the group; ``wait`` before the tensor is read."""
-        return Transfer(self._now, admit(out), source, tag, sends=False)
-
-    def stop(self) -> None:
-        """End the thread that drives started operations, once they are done."""
-        self._progress.stop()
-
-    def free(self) -> None:
-        """Give the group's communicators back; nothing of it may be used afterwards."""
-        for executor in (self._now, self._started):
-            executor.free()
-
-    @property
-    def communicator(self) -> MPI.Intracomm:
-        """The group's own communicator; for ``native.py``, which measures the library itself."""
-        return self._now.comm
+    def prepare_allreduce(
+        self,
+        x: Tensor | Sequence[Tensor],
+        op: Op = "sum",
+        algorithm: str | None = None,
+        order: str = "any",
+    ) -> Replay:
+        """An allreduce in place on memory that stays, to be run or started many times."""
+        if isinstance(x, Tensor):
+            return self.prepare("allreduce", x, op=op, algorithm=algorithm, order=order)
+        return PreparedList(
+            list_of(x, None)[0],
+            lambda flat: self.prepare("allreduce", flat, op=op, algorithm=algorithm, order=order),
+        )
 
     # --- inside -----------------------------------------------------------------------------------
 
-    def _spec(
+    def _lengths(self, what: str, lengths: Sequence[int] | None, rows: int) -> list[int]:
+        asked = [rows] * self.size if lengths is None else lengths
+        return own_length(what, lengths_for(what, asked, self.size, None), self.rank, rows)
+
+    def _allreduce_list(
         self,
-        collective: str,
-        flat: Tensor,
-        bounds: Sequence[int],
-        op: str | None,
+        tensors: Sequence[Tensor],
+        op: Op,
         algorithm: str | None,
-        root: int | None = None,
-    ) -> Spec:
-        dtype = wire_dtype(flat.dtype, reduces=op is not None)
-        asked = algorithm or getattr(self._settings, collective)
-        if asked == "auto":
-            asked = choose(collective, self.size, bounds[-1] * dtype.itemsize)
-        num_chunks = collectives.find(collective, asked).num_chunks(self.size)
-        if len(bounds) - 1 != num_chunks:  # allreduce and broadcast do not care where chunks end
-            bounds = [0, *(stop for _, stop in partition(bounds[-1], num_chunks))]
-        return Spec(collective, asked, dtype, tuple(bounds), op or "sum", root)
-
-    def _even(self, length: int) -> list[int]:
-        return [0, *(stop for _, stop in partition(length, self.size))]
-
-    def _carry_out(self, spec: Spec, x: Tensor, at: int, result: Tensor, start: int) -> None:
-        """Put ``x`` into a buffer at offset ``at``, run, and fill ``result`` from ``start`` on."""
-        began = time.perf_counter()
-        staged = x.is_cuda and not self._now.world.cuda_aware
-        fits = spec.bounds[-1] * spec.dtype.itemsize <= SLOT_BYTES
-        if fits and (staged or not x.is_cuda):
-            operation = self._now.slot(spec, pinned=staged)
-        else:
-            device = "cpu" if staged else x.device
-            whole = start == 0 and result.numel() == spec.bounds[-1]
-            # The result itself serves as the buffer where it has the right type and place.
-            if whole and not staged and result.dtype == spec.dtype:
-                buffer = result
-            else:
-                buffer = torch.empty(
-                    spec.bounds[-1], dtype=spec.dtype, device=device, pin_memory=staged
-                )
-            operation = self._now.bind(spec, buffer, prepared=False)
-        load(operation.buffer[at : at + x.numel()], x)
-        operation.run()
-        load(result, operation.buffer[start : start + result.numel()])
-        self._now.spent_s += time.perf_counter() - began
-
-
-def _rows(x: Tensor) -> int:
-    if x.dim() == 0:
-        raise TensorError("a tensor without dims cannot be scattered or gathered; give it one")
-    return x.shape[0]
+        order: str,
+        out: Sequence[Tensor] | None,
+    ) -> list[Tensor]:
+        tensors, out = list_of(tensors, out)
+        results = [torch.empty_like(one) for one in tensors] if out is None else out
+        for members, targets in zip(by_dtype(tensors), by_dtype(results), strict=True):
+            flat = torch.cat(members)
+            split(self.allreduce(flat, op, algorithm, order, out=flat), targets)
+        return results

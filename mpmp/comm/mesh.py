@@ -10,16 +10,20 @@ With ``Mesh.over(world, pipeline=2, tensor=2)`` on eight ranks the data axis tak
 
 from __future__ import annotations
 
+import json
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from mpmp.comm.executor import Executor
 from mpmp.comm.group import Group
 from mpmp.comm.mpi import MPI
 from mpmp.comm.progress import Progress
+from mpmp.comm.window import Windows
 from mpmp.comm.world import World
 from mpmp.config import AXES, Comm, layout_name
-from mpmp.errors import LayoutError
-from mpmp.programs import collectives
+from mpmp.errors import ConfigError, LaunchError, LayoutError
+from mpmp.programs import collectives, tuning
 from mpmp.programs.partition import factorisations
 
 
@@ -80,6 +84,10 @@ class Mesh:
             name = getattr(settings, collective)
             if name != "auto":
                 collectives.find(collective, name)  # refuses an unknown one now, not at first use
+        _agree(world, sizes, settings)
+        _say_whether_shared(world, settings)
+        table = None if settings.table is None else read_table(settings.table, world)
+        hosts = _hosts(world)
         progress = Progress(world.overlap)
 
         def group(name: str, *axes: str, member: bool = True) -> Group | None:
@@ -96,7 +104,10 @@ class Mesh:
             # that a thread drives meanwhile, must not take each other's messages.
             now = Executor(world, comm, ranks, name)
             started = Executor(world, comm.Dup(), ranks, f"{name} (started)")
-            return Group(now, started, progress, settings)
+            there = _numbered([hosts[rank] for rank in ranks])
+            found = Group(now, started, progress, settings, there, table)
+            found.share(*windows_of(found, now, settings))
+            return found
 
         def certain(name: str, *axes: str) -> Group:
             found = group(name, *axes)
@@ -123,7 +134,7 @@ class Mesh:
 
         def alone(name: str) -> Group:
             executor = Executor(world, MPI.COMM_SELF, (world.rank,), name)
-            return Group(executor, executor, progress, Comm())
+            return Group(executor, executor, progress, Comm(), (0,))
 
         sizes, index = dict.fromkeys(AXES, 1), dict.fromkeys(AXES, 0)
         names = ("data", "pipeline", "tensor", "model", "everyone")
@@ -145,6 +156,69 @@ def fit(world: int, data: int | None, pipeline: int, tensor: int) -> dict[str, i
             f"were started; legal layouts for {world}: {legal}"
         )
     return {"data": data, "pipeline": pipeline, "tensor": tensor}
+
+
+def _agree(world: World, sizes: dict[str, int], settings: Comm) -> None:
+    """ConfigError on all ranks where they ask for different meshes: they would hang later."""
+    said = world.gather_texts(f"layout {layout_name(**sizes)} with {settings}")
+    other = next((rank for rank, one in enumerate(said) if one != said[0]), None)
+    if other is not None:
+        raise ConfigError(
+            f"all ranks must ask for the same mesh: rank 0 asks for {said[0]}, rank {other} for "
+            f"{said[other]}"
+        )
+
+
+def read_table(path: str, world: World) -> tuning.Table:
+    """A file of measurements, read by rank 0 alone: ranks that choose differently hang."""
+    said = {"text": ""}
+    if world.rank == 0:
+        try:
+            said = {"text": Path(path).read_text(encoding="utf-8")}
+        except (OSError, UnicodeDecodeError) as error:
+            said = {"error": f"comm.table {path} cannot be read: {error}"}
+    said = json.loads(world.gather_texts(json.dumps(said))[0])
+    if "error" in said:
+        raise ConfigError(said["error"])
+    return tuning.from_json(said["text"])
+
+
+def windows_of(group: Group, executor: Executor, settings: Comm) -> tuple[Windows | None, str]:
+    """The windows of a group, or why there are none."""
+    world = executor.world
+    if settings.windows == "off":
+        return None, "--comm.windows is off"
+    if len(set(group.hosts)) > 1:
+        return None, f"its ranks are on {len(set(group.hosts))} hosts"
+    if world.shares is None:
+        return None, world.why_no_shares
+    demanded = settings.windows == "on"
+    return Windows(world, world.shares, executor.comm, group.ranks, group.name, demanded), ""
+
+
+def _say_whether_shared(world: World, settings: Comm) -> None:
+    """One line a host where memory cannot be shared; LaunchError where that was demanded."""
+    if world.shares is not None or settings.windows == "off" or world.ranks_on_host == 1:
+        return
+    why = f"the ranks of {world.host} cannot share memory: {world.why_no_shares}"
+    if settings.windows == "on":
+        raise LaunchError(f"{why}; --comm.windows auto sends messages instead")
+    if world.local_rank == 0:
+        print(f"[{world.name}] {why}; they send messages instead, which is slower", file=sys.stderr)
+
+
+def _hosts(world: World) -> list[int]:
+    """For each rank of the world the first rank of its host."""
+    here = world.comm.Split_type(MPI.COMM_TYPE_SHARED, world.rank)
+    first = here.bcast(world.rank)
+    here.Free()
+    return world.comm.allgather(first)
+
+
+def _numbered(hosts: list[int]) -> tuple[int, ...]:
+    """Hosts by the order in which they appear: 0 for that of the first rank."""
+    order = {host: number for number, host in enumerate(dict.fromkeys(hosts))}
+    return tuple(order[host] for host in hosts)
 
 
 def _index(rank: int, sizes: dict[str, int]) -> dict[str, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn.functional import linear
 
 import mpmp
 from mpmp.parallel import adjoints
@@ -88,3 +89,44 @@ def test_movements_put_things_where_they_belong(group, dim):
     assert torch.equal(adjoints.reduce_scatter(whole, group, dim), own * group.size)
     assert torch.equal(adjoints.allreduce(whole, group), whole * group.size)
     assert torch.equal(adjoints.replicate(whole, group), whole)
+
+
+# --- movements in one with the product beside them ------------------------------------------------
+
+
+def products(group, dtype, fused):
+    """Forward and gradients of both products, by the fused functions or by their two halves."""
+    own = slice(*partition(LENGTH, group.size)[group.rank])
+    generator = torch.Generator().manual_seed(7)
+    x, weight, bias, out = (
+        torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype)
+        for shape in ((2, 3, LENGTH), (LENGTH, LENGTH), (LENGTH,), (2, 3, LENGTH))
+    )
+    x.requires_grad_()
+    column, row = weight[own].clone().requires_grad_(), weight[:, own].clone().requires_grad_()
+    bias = bias[own].clone().requires_grad_()
+    if fused:
+        hidden = adjoints.replicate_linear(x, column, bias, group)
+        y = adjoints.linear_allreduce(hidden, row, group)
+    else:
+        hidden = linear(adjoints.replicate(x, group), column, bias)
+        y = adjoints.allreduce(linear(hidden, row), group)
+    y.backward(out.to(y.dtype))
+    return [y.detach(), *(one.grad for one in (x, column, bias, row))]
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32))
+def test_products_in_one_with_their_movement_equal_the_two_apart(group, dtype):
+    limit = 1e-12 if dtype is torch.float64 else 1e-5
+    for one, other in zip(products(group, dtype, True), products(group, dtype, False), strict=True):
+        assert one.dtype == other.dtype and one.shape == other.shape
+        assert (one - other).abs().max() <= limit * other.abs().max()
+
+
+def test_products_follow_autocast(group):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        fused, apart = products(group, torch.float32, True), products(group, torch.float32, False)
+    assert fused[0].dtype == apart[0].dtype == torch.bfloat16
+    for one, other in zip(fused, apart, strict=True):
+        assert one.dtype == other.dtype
+        assert (one - other).abs().max() <= 0.05 * other.abs().max()

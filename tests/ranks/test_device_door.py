@@ -19,7 +19,8 @@ from torch import Tensor
 
 from mpmp.comm import probe
 from mpmp.comm.buffer import admit, load
-from mpmp.comm.group import SLOT_BYTES, Group
+from mpmp.comm.carrier import SLOT_BYTES
+from mpmp.comm.group import Group
 from mpmp.comm.mesh import Mesh
 from mpmp.comm.world import World
 from mpmp.errors import TensorError

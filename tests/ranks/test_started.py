@@ -9,6 +9,8 @@ import torch
 
 import mpmp
 from mpmp.errors import LayoutError, PeerError, TensorError
+from mpmp.programs.collectives import COLLECTIVES
+from mpmp.programs.steps import Algorithm
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +43,7 @@ def test_many_may_be_under_way(mesh):
 def test_it_goes_on_while_the_rank_computes(mesh):
     """A thread makes progress: after a pause without any call of ours the sum is there."""
     x = torch.ones(1 << 16)
-    prepared = mesh.tensor.prepare_allreduce(x)
+    prepared = mesh.tensor.prepare_allreduce(x, algorithm="ring")
     prepared.start().wait()
     handle = prepared.start()
     time.sleep(0.5)
@@ -156,8 +158,62 @@ def test_axes_have_at_least_one_rank(world):
 
 def test_freeing_a_mesh_ends_its_thread(world):
     mesh = mpmp.mesh(tensor=world.size)
-    mesh.tensor.prepare_allreduce(torch.ones(3)).start().wait()
+    mesh.tensor.prepare_allreduce(torch.ones(3), algorithm="ring").start().wait()
     thread = mesh.tensor._progress._thread
     assert thread.is_alive()
     mesh.free()
     assert not thread.is_alive()
+
+
+def test_every_collective_is_replayed_on_memory_that_stays(mesh):
+    group = mesh.tensor
+    size, rank = group.size, group.rank
+    mine, total = torch.full((2,), float(rank)), float(sum(range(size)))
+    everything = torch.arange(size).repeat_interleave(2).float()
+    results = {
+        "allreduce": [total] * 2 * size,
+        "broadcast": [0.0] * 2 * size,
+        "reduce_scatter": [total] * 2,
+        "allgather": everything.tolist(),
+        "scatter": [0.0] * 2,
+        "alltoall": everything.tolist(),
+        "reduce": [total] * 2 * size,
+        "gather": everything.tolist(),
+    }
+    for name, expected in results.items():
+        x = torch.full((2 * size * (1 + (name == "alltoall")),), -1.0)
+        # Windows have operations of their own; these are the ones that are replayed by messages.
+        algorithm = next(a for a, one in COLLECTIVES[name].items() if isinstance(one, Algorithm))
+        prepared = group.prepare(name, x, algorithm=algorithm)
+        for turn in range(4):
+            prepared.input.fill_(mine[0])
+            prepared.run() if turn % 2 else prepared.start().wait()
+            if rank == 0 or name not in ("reduce", "gather"):
+                assert prepared.output.tolist() == expected, name
+        prepared.free()
+        with pytest.raises(TensorError, match="freed"):
+            prepared.run()
+    group.prepare("barrier", torch.zeros(1)).run()
+
+
+def test_a_prepared_sum_runs_while_another_is_under_way(mesh):
+    group = mesh.tensor
+    first, second = torch.ones(300_000), torch.ones(300_000)
+    handle = group.prepare_allreduce(first).start()
+    now = group.prepare_allreduce(second)
+    now.run()
+    now.run()
+    handle.wait()
+    assert bool((first == group.size).all()) and bool((second == group.size**2).all())
+
+
+def test_what_nobody_holds_any_more_is_freed_at_the_next_bind(mesh):
+    import gc
+
+    group = mesh.tensor
+    for _ in range(5):
+        group.prepare_allreduce(torch.ones(1000)).start().wait()
+    gc.collect()
+    group.prepare_allreduce(torch.ones(1000)).start().wait()
+    gc.collect()
+    assert len(group._started._bound) <= 3
