@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mpmp.comm.group import Group
 from mpmp.programs.partition import partition
@@ -60,6 +61,20 @@ def reduce_scatter(x: Tensor, group: Group, dim: int = 0) -> Tensor:
 def allgather(x: Tensor, group: Group, length: int, dim: int = 0) -> Tensor:
     """Sharded -> partial: all pieces, each rank going its own way with them."""
     return x if group.size == 1 else _call(_Allgather, x, group, length, dim)
+
+
+def linear_allreduce(x: Tensor, weight: Tensor, group: Group) -> Tensor:
+    """``allreduce(x @ weight.T)``: own inputs (..., k) -> (..., out) replicated."""
+    if group.size == 1:
+        return F.linear(x, weight)
+    return _call(_LinearAllreduce, *_as_autocast(x, weight), group)
+
+
+def replicate_linear(x: Tensor, weight: Tensor, bias: Tensor | None, group: Group) -> Tensor:
+    """``replicate(x) @ weight.T + bias``: (..., in) replicated -> own outputs (..., k)."""
+    if group.size == 1:
+        return F.linear(x, weight, bias)
+    return _call(_ReplicateLinear, *_as_autocast(x, weight, bias), group)
 
 
 # --- the movements themselves -----------------------------------------------------------------
@@ -134,6 +149,59 @@ class _Allgather(_Gather):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         return _own_piece_of_sum(grad, ctx.group, ctx.dim), None, None, None
+
+
+# --- movements in one with the product beside them ------------------------------------------------
+#
+# The partial sums are written by the matrix product straight into memory that the ranks share, and
+# summed there: nothing is copied in or out.
+
+
+class _LinearAllreduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, group: Group) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _product_summed(x, weight.t(), group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight = ctx.saved_tensors
+        return grad @ weight, _rows(grad).t() @ _rows(x), None
+
+
+class _ReplicateLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, group: Group) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.group, ctx.has_bias = group, bias is not None
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+        rows = _rows(grad)
+        bias_grad = rows.sum(0) if ctx.has_bias else None
+        return _product_summed(grad, weight, ctx.group), rows.t() @ _rows(x), bias_grad, None
+
+
+def _product_summed(x: Tensor, matrix: Tensor, group: Group) -> Tensor:
+    """The sum over the group of ``x @ matrix``."""
+    partial = group.empty((*x.shape[:-1], matrix.shape[1]), x.dtype, x.device)
+    torch.mm(_rows(x), matrix, out=_rows(partial))
+    return group.allreduce(partial, out=partial)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _as_autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+    """As a matrix product under autocast would take them; it does not look into functions."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
+        return x, *others
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(None if one is None else one.to(dtype) for one in (x, *others))
 
 
 def _call(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:

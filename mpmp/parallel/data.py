@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 
 from mpmp.comm.group import Group
@@ -32,7 +31,8 @@ class Bucket:
         self.parameters, self.group = parameters, group
         first = parameters[0]
         length = sum(one.numel() for one in parameters)
-        self.flat = torch.zeros(length, dtype=first.dtype, device=first.device)
+        # Where ranks share memory the gradients live there, and are summed where they lie.
+        self.flat = group.empty((length,), first.dtype, first.device).zero_()
         self.missing = 0
         offset = 0
         for one in parameters:

@@ -50,7 +50,7 @@ class ColumnParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.flatten(0, -2)
-        return F.linear(adjoints.replicate(x, self.group), weight, self.bias.flatten())
+        return adjoints.replicate_linear(x, weight, self.bias.flatten(), self.group)
 
 
 class RowParallelLinear(nn.Module):
@@ -77,7 +77,7 @@ class RowParallelLinear(nn.Module):
         self.bias = make.parameter(f"{name}.bias", (out_features,))
 
     def forward(self, x: Tensor) -> Tensor:
-        return adjoints.allreduce(F.linear(x, self.weight), self.group) + self.bias
+        return adjoints.linear_allreduce(x, self.weight, self.group) + self.bias
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -112,7 +112,7 @@ class VocabParallelEmbedding(nn.Module):
 
     def own_logits(self, x_BTD: Tensor) -> Tensor:
         """Logits of this rank's piece of the vocabulary, (B, T, v)."""
-        return F.linear(adjoints.replicate(x_BTD, self.group), self.weight)
+        return adjoints.replicate_linear(x_BTD, self.weight, None, self.group)
 
     def all_logits(self, x_BTD: Tensor) -> Tensor:
         """Logits of the whole vocabulary, (B, T, V), replicated."""
