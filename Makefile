@@ -45,8 +45,8 @@ lint: env ## ruff, and who may import whom
 types: env ## strict mypy
 	$(BIN)/mypy
 
-bench: env ## collectives beside the MPI library's own, on 2 ranks
-	$(HERE) mpirun -n 2 python -m mpmp.bench
+bench: env ## collectives beside the MPI library's own and gloo, on 2 ranks
+	$(HERE) mpirun -n 2 python -m mpmp.bench collectives --against native,gloo
 
 docs: env ## draw the pictures under docs/ again
 	$(BIN)/python docs/pictures.py
