@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one go, in under 10 minutes, without a network (docs/gpu.md):
-# rank tests on the device, verify, a short training, and the figures as markdown.
+# figures as markdown, windows between GPUs, verify, a short training, rank tests on the device.
 #
 #   MPMP_PYTHON       python whose torch sees the GPU; else python3 on PATH, then .venv
 #   MPMP_WHEELS       folder of wheels for what that python lacks (tyro, pytest-mpi, ...)
@@ -126,7 +126,7 @@ PATH=$(dirname "$PYTHON"):$PATH
 [ -z "${MPMP_MPI_ARCHIVE:-}" ] || unpack_mpi
 [ "$DRY" = 1 ] || find_libcuda
 [ -z "${MPMP_WHEELS:-}" ] || add_wheels
-export PATH PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 MPMP_GPU_DRY=$DRY
+export PATH PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 MPMP_GPU_DRY=$DRY
 MISSING=$(missing_modules)
 [ -z "$MISSING" ] || give_up "$PYTHON lacks: $MISSING; bring wheels in a folder named by MPMP_WHEELS"
 command -v mpirun >/dev/null || give_up "no mpirun; name a CUDA-aware Open MPI with MPMP_MPI_ARCHIVE"
@@ -141,12 +141,18 @@ ranks() { # ranks NAME LIMIT_S N ARGS...: python on N ranks
 # --- what is done ---------------------------------------------------------------------------------
 
 if [ "$DRY" = 1 ]; then
-    DEVICE=cpu TESTED="2" VERIFIED="2" LAYOUT=dp1.pp1.tp2 STEPS=3 DTYPE=float32 CHOSEN=(-k "float32 or kernels")
+    DEVICE=cpu TESTED="2" SHARING="2" VERIFIED="2" LAYOUT=dp1.pp1.tp2 STEPS=3 DTYPE=float32 CHOSEN=(-k "float32 or kernels")
     TINY=(--model.layers 2 --model.heads 2 --model.width 16 --model.context 16)
     SHORT=(--train.eval-batches 1 --train.sample-tokens 0)
 else
-    DEVICE=cuda TESTED="1 2 4" VERIFIED="2 4" LAYOUT=all STEPS=50 DTYPE=bfloat16 CHOSEN=() TINY=() SHORT=()
+    DEVICE=cuda TESTED="1 2 4" SHARING="2 4" VERIFIED="2 4" LAYOUT=all STEPS=50 DTYPE=bfloat16 CHOSEN=() TINY=() SHORT=()
 fi
+
+tests() { # tests NAME LIMIT_S N ARGS...: pytest on N ranks
+    local name=$1 limit=$2 n=$3
+    shift 3
+    ranks "$name" "$limit" "$n" -m pytest --with-mpi --color=no -q -p no:cacheprovider "$@"
+}
 
 # The tests come last, and straight transfers last among them: those may take the ranks down.
 ranks figures 90 2 tests/gpu/measure.py
@@ -161,9 +167,13 @@ ranks "training on 2 ranks" 90 2 -m mpmp.train --parallel.tensor 2 --train.steps
     --train.device $DEVICE --train.dtype $DTYPE --checkpoint.dir "$WORK/run" "${TINY[@]}" "${SHORT[@]}"
 tail -n 30 "$LAST" >"$WORK/trained"
 
+WINDOWS=tests/gpu/test_device_windows.py
+for n in $SHARING; do
+    tests "windows on $n ranks" 150 "$n" $WINDOWS
+done
+
 for n in $TESTED; do
-    ranks "tests on $n ranks" 120 "$n" -m pytest --with-mpi --color=no -q -p no:cacheprovider \
-        tests/gpu "${CHOSEN[@]}"
+    tests "tests on $n ranks" 120 "$n" tests/gpu --ignore $WINDOWS "${CHOSEN[@]}"
 done
 
 {

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from mpmp.comm.buffer import DTYPES, FLOATS
-from mpmp.comm.group import SLOT_BYTES, Group
+from mpmp.comm.carrier import SLOT_BYTES
+from mpmp.comm.group import Group
 from mpmp.programs.collectives import COLLECTIVES
 from mpmp.programs.partition import partition
+from mpmp.programs.steps import Algorithm
 
 pytestmark = pytest.mark.ranks(1, 2, 4)
 
@@ -26,7 +28,9 @@ def values(length: int, rank: int, dtype: torch.dtype, device: torch.device) -> 
 
 
 def algorithms(collective: str) -> list[str]:
-    return list(COLLECTIVES[collective])
+    """Those that send messages; windows have tests of their own."""
+    table = COLLECTIVES[collective]
+    return [name for name, one in table.items() if isinstance(one, Algorithm)]
 
 
 def same(found: Tensor, wanted: Tensor, device: torch.device) -> None:
@@ -86,6 +90,33 @@ def test_broadcast_from_every_root(
     found = [group.broadcast(mine, root) for root in range(group.size)]
     for root in range(group.size):
         same(found[root], values(rows, root, dtype, device), device)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_to_a_root_and_from_it(
+    group: Group, device: torch.device, dtype: torch.dtype, rows: int
+) -> None:
+    size, root = group.size, group.size - 1
+    all_ = [values(rows, rank, dtype, device) for rank in range(size)]
+    total = group.reduce(all_[group.rank], root)
+    gathered = group.gather(all_[group.rank], root)
+    row = group.scatter(torch.cat(all_), root)
+    assert (total is None) == (gathered is None) == (group.rank != root)
+    if total is not None and gathered is not None:
+        same(total, torch.stack(all_).sum(0, dtype=dtype), device)
+        same(gathered, torch.cat(all_), device)
+    same(row, all_[group.rank], device)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("algorithm", algorithms("alltoall"))
+def test_alltoall(group: Group, device: torch.device, algorithm: str, rows: int) -> None:
+    size = group.size
+    all_ = [values(rows * size, rank, torch.bfloat16, device) for rank in range(size)]
+    found = group.alltoall(all_[group.rank], algorithm=algorithm)
+    mine = [x[rows * group.rank : rows * (group.rank + 1)] for x in all_]
+    same(found, torch.cat(mine), device)
 
 
 @pytest.mark.parametrize("rows", (0, *ROWS))

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mpmp.comm.group import SLOT_BYTES, Group
+from mpmp.comm.carrier import SLOT_BYTES
+from mpmp.comm.group import Group
 
 pytestmark = pytest.mark.ranks(1, 2, 4)
 

@@ -32,7 +32,15 @@ def test_the_whole_flow_on_the_cpu(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stdout + run.stderr
     figures = (tmp_path / "gpu-figures.md").read_text()
     assert "no figures of a GPU" in figures
-    for words in ("MPI: ", "| staged | 1 MiB |", "verify dp1.pp1.tp2", "tokens/s", "tests on 2 "):
+    for words in (
+        "MPI: ",
+        "windows: none (no GPU)",
+        "| staged | 1 MiB |",
+        "verify dp1.pp1.tp2",
+        "tokens/s",
+        "windows on 2 ranks: passed",
+        "tests on 2 ranks: passed",
+    ):
         assert words in figures, figures
     assert "FAILED" not in figures
 
