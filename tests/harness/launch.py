@@ -1,12 +1,12 @@
 """Start ranks so that they always end: mpirun under a limit, in a clean environment.
 
-    run = run_ranks(2, ["-m", "mpmp.train", "--train.steps", "5"], timeout=60)
-    assert run.rc == 0, run.text
+run = run_ranks(2, ["-m", "mpmp.train", "--train.steps", "5"], timeout=60)
+assert run.rc == 0, run.text
 
-    with Job(4, ["-m", "mpmp.train"]) as job:      # for tests that disturb a running job
-        job.wait_for("step 3")
-        os.kill(job.rank_pids()[1], signal.SIGKILL)
-        run = job.finish(timeout=30)
+with Job(4, ["-m", "mpmp.train"]) as job:      # for tests that disturb a running job
+    job.wait_for("step 3")
+    os.kill(job.rank_pids()[1], signal.SIGKILL)
+    run = job.finish(timeout=30)
 """
 
 from __future__ import annotations
