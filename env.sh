@@ -13,3 +13,6 @@ export PRTE_MCA_hwloc_default_binding_policy=none
 
 # Skip a search for fabrics that takes a second at every start, and a message about UCX.
 export OMPI_MCA_btl=^ofi OMPI_MCA_osc=^ucx
+
+# Between hosts over TCP: a longer message than this waits for three latencies in place of one.
+export OMPI_MCA_btl_tcp_eager_limit=600000

@@ -24,6 +24,7 @@ from mpmp.launcher import told_local_rank, told_size
 _SPINS = 20
 _YIELD_S = 0.02
 _NAP_S, _SLEEP_S = 100e-6, 1e-3
+_LONG_NAP_S = 4e-3
 _NAP_UNTIL_S = 1.0
 _LEFT_TAG = 1
 _LOOK_S = 1.0
@@ -148,7 +149,9 @@ class World:
             if waited < _YIELD_S and not background:
                 os.sched_yield()
             elif waited < _NAP_UNTIL_S:
-                time.sleep(_NAP_S)
+                # In the background naps grow with the wait: each one takes the interpreter from
+                # the computation, and a quarter of what has passed cannot be missed.
+                time.sleep(max(_NAP_S, min(waited / 4, _LONG_NAP_S)) if background else _NAP_S)
             else:
                 time.sleep(_SLEEP_S)
                 if waited > limit:
