@@ -1,7 +1,8 @@
 """What the README promises: every command in it runs, every link leads somewhere, its code is ours.
 
-Commands are taken from README.md itself. Trainings are run as they stand there, with a small text
-and model appended; make's targets are held against their recipes, which are run the same way.
+Commands are taken from README.md itself. Trainings and measurements are run as they stand there,
+with a small text, model and size appended; make's targets are held against their recipes, which
+are run the same way.
 """
 
 from __future__ import annotations
@@ -20,10 +21,13 @@ import pytest
 
 from harness import ROOT, Run, run_ranks
 from mpmp import errors
+from mpmp.programs.collectives import COLLECTIVES
 from mpmp.programs.collectives.allreduce_ring import allreduce_ring
+from mpmp.programs.tuning import Entry, Table
 from system.small import HOME, SMALL, alone, plant_text
 
 README = (ROOT / "README.md").read_text()
+COLLECTIVES_PAGE = (ROOT / "docs" / "collectives.md").read_text()
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 PAGES += sorted((ROOT / "docs").rglob("*.md"))
 
@@ -73,10 +77,24 @@ MAKE = [command for command in COMMANDS if command.words[0] == "make"]
 TYPED = [command for command in COMMANDS if command not in MAKE]
 
 
+TABLE = "table.json"
+"""The file that the README measures in one command and chooses by in the next."""
+
+
+def plant_table(folder: Path) -> None:
+    """A table of one time, by which the ring is the fastest of all."""
+    entry = Entry("allreduce", 2, 1, 1 << 20, "ring", 1.0, "window")
+    (folder / TABLE).write_text(Table("planted", (entry,)).to_json())
+
+
 def run(command: Command, folder: Path) -> Run:
     plant_text(folder)
     num_ranks, arguments = command.starts()
-    if "mpmp.verify" in arguments:
+    if "--comm.table" in arguments:
+        plant_table(folder)
+    if "mpmp.bench" in arguments:
+        arguments += ["--sizes", "1KiB", "--repeats", "2", "--seconds", "0.05"]
+    elif "mpmp.verify" in arguments:
         arguments += ["--data.path", "text.txt", "--train.steps", "1", "--train.batch", "8"]
         arguments += ["--model.width", "32", "--model.context", "8"]
     else:
@@ -110,7 +128,14 @@ def test_a_command_typed_by_hand(command: Command, tmp_path: Path) -> None:
         assert ended.stderr.startswith("[rank 1/4 "), ended.text
     elif "mpmp.verify" in command.words:
         assert "verify dp" in ended.stdout, ended.text
+    elif "mpmp.bench" in command.words:
+        for collective in COLLECTIVES:
+            assert f"\n{collective}\n" in ended.stdout, ended.text
+        assert ("x gloo" in ended.stdout) == ("native,gloo" in command.words), ended.text
+        assert (tmp_path / TABLE).exists() == (TABLE in command.words), ended.text
     else:
+        if "--comm.table" in command.words:
+            assert "ring, measured: " in ended.stderr, ended.text
         assert "load balance" in ended.stdout, ended.text
         assert list(tmp_path.glob("runs/*/model.safetensors")), ended.text
 
@@ -154,11 +179,58 @@ def test_the_programs_are_checked_simulated_and_drawn(tmp_path: Path) -> None:
 
 
 def test_the_library(tmp_path: Path) -> None:
-    shown = next(block for block in blocks("python") if "mpmp.mesh(" in block)
+    shown = next(block for block in blocks("python") if "mpmp.mesh(data=2" in block)
     script = tmp_path / "shown.py"
     script.write_text(f"{shown}\nassert total.tolist() == 3 * [1.0 + 4 * mesh.index['data']]\n")
     ended = run_ranks(4, [script], cwd=tmp_path, env=HOME, timeout=60)
     assert ended.rc == 0 and ended.left_behind == 0, ended.text
+
+
+def test_the_tensors_that_ranks_share(tmp_path: Path) -> None:
+    shown = next(block for block in blocks("python") if "mesh.tensor.empty" in block)
+    script = tmp_path / "shown.py"
+    script.write_text(f"{shown}\nassert (x == 8).all() and second.tolist() == [1.0] * 5\n")
+    ended = run_ranks(2, [script], cwd=tmp_path, env=HOME, timeout=60)
+    assert ended.rc == 0 and ended.left_behind == 0, ended.text
+
+
+@pytest.mark.parametrize(
+    "shown",
+    blocks("python", COLLECTIVES_PAGE),
+    ids=lambda shown: re.findall(r"# (\w+\.py)", shown)[0],
+)
+def test_what_is_shown_of_the_collectives(shown: str, tmp_path: Path) -> None:
+    """A block of the page starts with the name of its script and how many ranks run it."""
+    name, num_ranks = re.findall(r"^# (\w+\.py)(?:, mpirun -n (\d))?\n", shown)[0]
+    (tmp_path / name).write_text(shown)
+    ended = (
+        run_ranks(int(num_ranks), [tmp_path / name], cwd=tmp_path, env=HOME, timeout=60)
+        if num_ranks
+        else alone([name], tmp_path)
+    )
+    assert ended.rc == 0, ended.text
+
+
+def rows_of(text: str) -> set[tuple[str, str]]:
+    """(collective, algorithm) of the rows of a table, where an empty cell stands for the last."""
+    found, collective = set(), ""
+    for first, name in re.findall(r"^\| (\w*) ?\| \[?`(\w+)`", text, re.M):
+        collective = first or collective
+        found.add((collective, name))
+    return found
+
+
+ALGORITHMS = {(kind, name) for kind, algorithms in COLLECTIVES.items() for name in algorithms}
+
+
+def test_every_algorithm_is_told() -> None:
+    assert rows_of(README) == ALGORITHMS
+    assert rows_of(COLLECTIVES_PAGE) == ALGORITHMS
+
+
+def test_every_algorithm_has_had_bugs_planted() -> None:
+    planted = re.findall(r"^\| (\w+) (\w+) \| \d", COLLECTIVES_PAGE, re.M)
+    assert set(planted) == ALGORITHMS
 
 
 def test_every_exit_code_is_told() -> None:
