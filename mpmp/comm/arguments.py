@@ -50,9 +50,7 @@ def own_length(what: str, lengths: list[int], rank: int, rows: int) -> list[int]
     return lengths
 
 
-def result_for(
-    x: Tensor, shape: Sequence[int], out: Tensor | None, place: int = 0
-) -> Tensor:
+def result_for(x: Tensor, shape: Sequence[int], out: Tensor | None, place: int = 0) -> Tensor:
     """A new tensor like ``x`` but of that shape, or ``out`` where it is one.
 
     ``out`` may be the input itself: then ``x`` begins at its element ``place``. Memory that both
@@ -80,8 +78,6 @@ def list_of(
 ) -> tuple[list[Tensor], list[Tensor] | None]:
     """The tensors of a list, all on one device, with as many of ``out`` that fit them."""
     tensors, out = list(tensors), None if out is None else list(out)
-    for one in [*tensors, *(out or [])]:
-        admit(one)
     devices = {one.device for one in tensors}
     if len(devices) > 1:
         listed = ", ".join(sorted(map(str, devices)))
@@ -91,6 +87,8 @@ def list_of(
             raise TensorError(f"out has {len(out)} tensors, the list has {len(tensors)}")
         for one, other in zip(tensors, out, strict=True):
             result_for(one, one.shape, other)
+    for one in [*tensors, *(out or [])]:
+        admit(one)
     return tensors, out
 
 

@@ -26,6 +26,7 @@ from mpmp.comm.window import Windows
 from mpmp.config import Comm
 from mpmp.programs import collectives
 from mpmp.programs.partition import partition
+from mpmp.programs.tables import look_up
 from mpmp.programs.windows import WindowAlgorithm
 
 SLOT_BYTES = 256 * 1024
@@ -121,6 +122,7 @@ class Carrier:
         output, one after the other. This rank's contribution and result are ``input`` and
         ``output`` of the handle, parts of ``x``.
         """
+        look_up(collectives.COLLECTIVES, collective, "collective")
         flat = admit(x)
         length = flat.numel() // 2 if collective == "alltoall" else flat.numel()
         if lengths is None:

@@ -22,12 +22,12 @@ from torch import Tensor
 from mpmp.comm.mpi import MPI
 from mpmp.comm.operation import PROGRAM_TAG, Operation
 from mpmp.comm.plan import Plan, lower
-from mpmp.comm.reductions import Reduction, operation_of
+from mpmp.comm.reductions import Reduction
 from mpmp.comm.spec import Spec
 from mpmp.comm.world import World
 from mpmp.errors import PeerError, TensorError
 
-__all__ = ["PROGRAM_TAG", "Executor", "operation_of"]
+__all__ = ["PROGRAM_TAG", "Executor"]
 
 
 class Executor:

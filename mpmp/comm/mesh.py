@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mpmp.comm.executor import Executor
@@ -160,13 +160,17 @@ def fit(world: int, data: int | None, pipeline: int, tensor: int) -> dict[str, i
 
 def _agree(world: World, sizes: dict[str, int], settings: Comm) -> None:
     """ConfigError on all ranks where they ask for different meshes: they would hang later."""
-    said = world.gather_texts(f"layout {layout_name(**sizes)} with {settings}")
-    other = next((rank for rank, one in enumerate(said) if one != said[0]), None)
-    if other is not None:
-        raise ConfigError(
-            f"all ranks must ask for the same mesh: rank 0 asks for {said[0]}, rank {other} for "
-            f"{said[other]}"
-        )
+    told = asdict(settings)
+    told["table"] = settings.table and "a file"  # of which only rank 0's is read
+    asked = json.dumps({"layout": layout_name(**sizes), **told})
+    said = [json.loads(text) for text in world.gather_texts(asked)]
+    for rank, one in enumerate(said):
+        for name, value in one.items():
+            if value != said[0][name]:
+                raise ConfigError(
+                    f"all ranks must ask for the same mesh: {name} is {said[0][name]} on rank 0, "
+                    f"{value} on rank {rank}"
+                )
 
 
 def read_table(path: str, world: World) -> tuning.Table:

@@ -1,11 +1,11 @@
 """Progress: one thread that drives started operations while the rank computes.
 
 MPI moves nothing by itself between two calls, so an operation that was merely started would wait
-for its ``wait``. The thread carries it out, and while it waits for a message it asks MPI every
-0.1 ms and naps in between: that costs the computation next to nothing, and at 200 Mbit/s only
-2.5 KB arrive in a nap. After a second in which nothing came it asks every millisecond. The thread
-needs Python's lock for some microseconds each time; a kernel of torch that runs meanwhile has let
-go of it. Operations run one after the other in the order in which they were started, which must be
+for its ``wait``. The thread carries it out, and while it waits for a message it asks MPI and naps
+in between: 0.1 ms at first, then a quarter of what it has waited, 4 ms at most, so that a long wait
+is prolonged by a quarter at the worst and costs the computation next to nothing. The thread needs
+Python's lock for some microseconds each time; a kernel of torch that runs meanwhile has let go of
+it. Operations run one after the other in the order in which they were started, which must be
 the same on all ranks of a group.
 """
 

@@ -20,7 +20,7 @@ from mpmp.errors import ConfigError, TensorError
 from mpmp.programs.tables import look_up
 
 Op = str | Callable[..., Tensor]
-"""The name of a reduction, or a function f(a, b) or f(a, b, out=)."""
+"""The name of a reduction, or a function f(a, b) or f(a, b, out=), where out may be a or b."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +52,6 @@ REDUCTIONS = {
 
 NONE = Reduction("none", torch.add)
 """Of collectives that reduce nothing."""
-
-
-def operation_of(name: str) -> Callable[..., Tensor]:
-    """What combines two tensors under that name."""
-    return REDUCTIONS[name].combine
 
 
 def find(op: Op, dtype: torch.dtype) -> Reduction:

@@ -88,7 +88,7 @@ class Selection:
         told = tuple(sorted(facts.items()))
         given = None if dtype == call.dtype else call.dtype
         spec = Spec(call.collective, name, dtype, bounds, call.op, told, call.order, given)
-        if self._settings.explain and self._rank == 0:
+        if self._settings.explain and self._rank == 0 and self._size > 1:
             self._explain(call, name, reason)
         if len(self._known) >= _MOST_KNOWN:
             self._known.clear()

@@ -36,8 +36,7 @@ class Spec:
         fixed = " in fixed order" if self.order == "fixed" else ""
         return (
             f"{self.collective}/{self.algorithm}/{self.op}{fixed} of "
-            f"{given}{_short(self.dtype)} {self._chunks()}"
-            + (f" ({told})" if told else "")
+            f"{given}{_short(self.dtype)} {self._chunks()}" + (f" ({told})" if told else "")
         )
 
     def _chunks(self) -> str:

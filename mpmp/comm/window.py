@@ -195,13 +195,23 @@ class Windows:
             if outcome == WAITING:
                 outcome = self._wait(call, spec)
         except BaseException:
-            # Half-way, and the others may still store into what it was bound to.
-            self._broken = spec
-            self.shares.kept.append(call)
+            self.give_up(call, spec)
             raise
         if outcome == NOT_ALIKE:
             refuse(self.world, self.comm, self.ranks, self.name, spec)
         return outcome
+
+    def give_up(self, call: WindowCall, spec: Spec) -> None:
+        """Meet no more: a call ended half-way, and others may still store to its memory."""
+        self._broken = spec
+        self.shares.kept.append(call)
+
+    def retire(self, lane: Lane) -> None:
+        """Let a lane go that a slow rank may still read; a finaliser may call this anywhere."""
+        if self._lane is None:  # freed: nobody reads any more
+            self.shares.kept.remove(lane)
+        else:
+            self.retired.append(lane)
 
     def free(self) -> None:
         """Give the lanes' memory back; all ranks of the group together."""

@@ -81,7 +81,7 @@ class WindowCall:
         self.struct.result = None if result is None else result.data_ptr()
 
     def advance(self, patience: Patience) -> int:
-        """Go on; DONE, WAITING (for ``awaited``), NOT_ALIKE (as ``stranger``), or NOT_ALL_..."""
+        """Go on; DONE, WAITING (for ``awaited``), NOT_ALIKE or NOT_ALL_IN_WINDOWS."""
         while True:
             outcome: int = self._run(self._address, *patience)
             if outcome != COMBINE_ELSEWHERE:
@@ -93,11 +93,6 @@ class WindowCall:
     def awaited(self) -> int:
         """The rank of the group that a call which is WAITING waits for."""
         return int(self.struct.awaited)
-
-    @property
-    def stranger(self) -> int:
-        """The rank of the group that was about to do something else."""
-        return int(self.struct.stranger)
 
     # --- the same in Python ---------------------------------------------------------------------
 

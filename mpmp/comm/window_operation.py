@@ -14,6 +14,7 @@ from mpmp.comm.reductions import Reduction
 from mpmp.comm.spec import Spec
 from mpmp.comm.window_call import AT_ONCE, DONE, WAITING, Patience, WindowCall
 from mpmp.comm.window_plan import lower, window_algorithm
+from mpmp.errors import TensorError
 
 if TYPE_CHECKING:
     from mpmp.comm.window import Windows
@@ -47,10 +48,10 @@ class WindowOperation:
             rank = windows.comm.rank
             self._call = lower(spec, reduction, spec.algorithm, spec.bounds, self._lane, rank)
             self._call.place(windows.shares.offset(x), x, x)
-            # A slow rank may still read the lane of an operation that is gone here.
-            self._retire = weakref.finalize(self, windows.retired.append, self._lane)
+            self._retire = weakref.finalize(self, windows.retire, self._lane)
         self._alternate = slots == 2
         self._outcome = DONE
+        self._freed = False
 
     def run(self) -> None:
         """Carry it out at once."""
@@ -62,8 +63,8 @@ class WindowOperation:
     def start(self) -> WindowOperation:
         """Arrive; what is started is finished in the order of the starts."""
         self.windows.drive(self)  # where it was started before and not waited for
-        self.windows.enqueue(self)
         self.begin(AT_ONCE)
+        self.windows.enqueue(self)
         return self
 
     def wait(self) -> float:
@@ -75,16 +76,26 @@ class WindowOperation:
     def begin(self, patience: Patience) -> None:
         call, lane = self._call, self._lane
         if call is None or lane is None:
+            if self._freed:
+                raise TensorError(f"{self.spec} was freed; prepare it anew")
             self._outcome = WAITING
             return
         if self._alternate:
             call.struct.offset = lane.next_slot()
-        self._outcome = call.advance(patience)
+        try:
+            self._outcome = call.advance(patience)
+        except BaseException:
+            self._give_up(call)
+            raise
 
     def go_on(self) -> bool:
         """Do what can be done without waiting; whether it is done."""
         if self._call is not None and self._outcome == WAITING:
-            self._outcome = self._call.advance(AT_ONCE)
+            try:
+                self._outcome = self._call.advance(AT_ONCE)
+            except BaseException:
+                self._give_up(self._call)
+                raise
         return self._outcome == DONE
 
     def complete(self) -> None:
@@ -101,5 +112,10 @@ class WindowOperation:
     def free(self) -> None:
         """Let its lane go; it must not be used afterwards."""
         self.windows.drive(self)
-        self._call = None
+        self._call, self._freed = None, True
         self._retire()
+
+    def _give_up(self, call: WindowCall) -> None:
+        """After an error of a function of the user's, in the middle."""
+        self.windows.give_up(call, self.spec)
+        self._call = None

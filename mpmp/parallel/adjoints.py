@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from mpmp.comm.group import Group
@@ -164,24 +165,32 @@ class _LinearAllreduce(torch.autograd.Function):
         return _product_summed(x, weight.t(), group)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    @once_differentiable  # a second derivative would need sums over the ranks, too
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
-        return grad @ weight, _rows(grad).t() @ _rows(x), None
+        needs_x, needs_weight, _ = ctx.needs_input_grad
+        x_grad = grad @ weight if needs_x else None
+        return x_grad, _rows(grad).t() @ _rows(x) if needs_weight else None, None
 
 
 class _ReplicateLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, group: Group) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.group, ctx.has_bias = group, bias is not None
+        ctx.group = group
         return F.linear(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
+    @once_differentiable  # a second derivative would need sums over the ranks, too
+    def backward(
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
         rows = _rows(grad)
-        bias_grad = rows.sum(0) if ctx.has_bias else None
-        return _product_summed(grad, weight, ctx.group), rows.t() @ _rows(x), bias_grad, None
+        x_grad = _product_summed(grad, weight, ctx.group) if needs_x else None
+        weight_grad = rows.t() @ _rows(x) if needs_weight else None
+        return x_grad, weight_grad, rows.sum(0) if needs_bias else None, None
 
 
 def _product_summed(x: Tensor, matrix: Tensor, group: Group) -> Tensor:
@@ -196,12 +205,15 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _as_autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
-    """As a matrix product under autocast would take them; it does not look into functions."""
+    """As a matrix product under autocast, which does not look into functions, would take them."""
     device = x.device.type
     if not torch.is_autocast_enabled(device):
         return x, *others
     dtype = torch.get_autocast_dtype(device)
-    return tuple(None if one is None else one.to(dtype) for one in (x, *others))
+    # Autocast leaves float64 as it is.
+    return tuple(
+        one if one is None or one.dtype is torch.float64 else one.to(dtype) for one in (x, *others)
+    )
 
 
 def _call(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:

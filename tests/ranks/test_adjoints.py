@@ -124,9 +124,20 @@ def test_products_in_one_with_their_movement_equal_the_two_apart(group, dtype):
 
 
 def test_products_follow_autocast(group):
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        fused, apart = products(group, torch.float32, True), products(group, torch.float32, False)
-    assert fused[0].dtype == apart[0].dtype == torch.bfloat16
-    for one, other in zip(fused, apart, strict=True):
-        assert one.dtype == other.dtype
-        assert (one - other).abs().max() <= 0.05 * other.abs().max()
+    """Which takes float32 for bfloat16, and leaves float64 as it is."""
+    for dtype, expected in ((torch.float32, torch.bfloat16), (torch.float64, torch.float64)):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            fused, apart = products(group, dtype, True), products(group, dtype, False)
+        assert fused[0].dtype == apart[0].dtype == expected
+        for one, other in zip(fused, apart, strict=True):
+            assert one.dtype == other.dtype
+            assert (one - other).abs().max() <= 0.05 * other.abs().max()
+
+
+def test_what_is_frozen_costs_no_gradient(group, monkeypatch):
+    """Nor a sum over the group, where what was replicated needs none."""
+    x, weight = torch.ones(2, 3), torch.ones(4, 3, requires_grad=True)
+    y = adjoints.replicate_linear(x, weight, None, group)
+    monkeypatch.setattr(adjoints, "_product_summed", None)
+    y.sum().backward()
+    assert x.grad is None and bool((weight.grad == 2).all())

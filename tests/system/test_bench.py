@@ -168,7 +168,8 @@ def test_what_cannot_be_measured_is_refused(arguments: list[str], sentence: str)
         ({"png": "rows.xyz"}, ConfigError, "must end with a format"),
         ({"table": "theirs.json"}, ConfigError, "keep one table a library"),
         ({"table": "rows.csv"}, ConfigError, "is there already, and"),
-        ({"table": "a.folder"}, InputOutputError, "cannot be read"),
+        ({"table": "a.folder"}, InputOutputError, "it is a folder"),
+        ({"csv": "a.folder"}, InputOutputError, "it is a folder"),
     ],
 )
 def test_what_could_not_be_written_is_refused(

@@ -23,6 +23,8 @@ def require(settings: Collectives, library: str) -> None:
         folder = Path(path or ".").resolve().parent
         if path is not None and not (folder.is_dir() and os.access(folder, os.W_OK)):
             raise InputOutputError(f"{path} cannot be written: {folder} is no folder to write to")
+        if path is not None and Path(path).is_dir():
+            raise InputOutputError(f"{path} cannot be written: it is a folder")
     if settings.table is not None:
         _earlier(settings.table, library).merge(Table(library))
 
