@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mpmp.comm import reductions
 from mpmp.comm.arguments import lengths_for, root_of
+from mpmp.comm.bridge import Bridge, Bridged
 from mpmp.comm.buffer import admit, load
 from mpmp.comm.device_path import DeviceWays
 from mpmp.comm.executor import Executor
@@ -59,6 +60,8 @@ class Carrier:
         self._device_ways: DeviceWays | None = None
         self.windows_reason = "its ranks share no memory"
         """Why there are no windows."""
+        self.bridge: Bridge | None = None
+        """Carries allreduce "hierarchical" where hosts are alike and their ranks share memory."""
 
     def share(self, windows: Windows | None, reason: str) -> None:
         """Use these windows from now on, or none for a reason; alike on all ranks."""
@@ -99,6 +102,8 @@ class Carrier:
 
     def free(self) -> None:
         """Give the group's communicators back; nothing of it may be used afterwards."""
+        if self.bridge is not None:
+            self.bridge.free()
         if self.windows is not None:
             self.windows.free()
         for executor in (self._now, self._started):
@@ -139,7 +144,10 @@ class Carrier:
             return windows
         executors = self._now, self._started
         staged = x.is_cuda and self.device_ways.choose_messages(spec.nbytes) == "staged"
-        return Prepared(executors, self._progress, spec, reduction, flat, places, staged)
+        prepared = Prepared(executors, self._progress, spec, reduction, flat, places, staged)
+        if self.bridge is not None and self.bridge.takes(spec, reduction, flat):
+            return Bridged(self.bridge, prepared, reduction, flat)
+        return prepared
 
     # --- inside -----------------------------------------------------------------------------------
 
@@ -211,6 +219,8 @@ class Carrier:
         began = time.perf_counter()
         if is_window(spec):
             self._windows_of(x).carry_out(spec, reduction, x, at, result, start)
+        elif self.bridge is not None and self.bridge.takes(spec, reduction, x):
+            self.bridge.carry_out(reduction, x, result)
         else:
             self._by_messages(spec, reduction, x, at, result, start)
         self._now.spent_s += time.perf_counter() - began

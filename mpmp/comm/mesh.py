@@ -15,6 +15,7 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from mpmp.comm.bridge import Bridge
 from mpmp.comm.executor import Executor
 from mpmp.comm.group import Group
 from mpmp.comm.mpi import MPI
@@ -90,14 +91,8 @@ class Mesh:
         hosts = _hosts(world)
         progress = Progress(world.overlap)
 
-        def group(name: str, *axes: str, member: bool = True) -> Group | None:
-            """Ranks that differ from this one along ``axes`` alone, in the order of the world."""
-            color = 0
-            for axis in AXES:
-                color = color * sizes[axis] + (0 if axis in axes else index[axis])
-            comm = world.comm.Split(color if member else MPI.UNDEFINED, world.rank)
-            if comm == MPI.COMM_NULL:
-                return None
+        def made(comm: MPI.Comm, name: str, chosen: Comm) -> Group:
+            """The group of a communicator's ranks, in the same order."""
             assert isinstance(comm, MPI.Intracomm)
             ranks = tuple(comm.allgather(world.rank))
             # One communicator a purpose: operations that are waited for at once, and operations
@@ -105,9 +100,25 @@ class Mesh:
             now = Executor(world, comm, ranks, name)
             started = Executor(world, comm.Dup(), ranks, f"{name} (started)")
             there = _numbered([hosts[rank] for rank in ranks])
-            found = Group(now, started, progress, settings, there, table)
-            found.share(*windows_of(found, now, settings))
+            found = Group(now, started, progress, chosen, there, table)
+            found.share(*windows_of(found, now, chosen))
+            if chosen.windows != "off":
+                # Algorithms that were set are the whole group's, not those of its parts.
+                plain = Comm(windows=chosen.windows, explain=chosen.explain)
+                found.bridge = Bridge.over(
+                    now,
+                    there,
+                    lambda color, part: made(comm.Split(color, comm.rank), f"{name} {part}", plain),
+                )
             return found
+
+        def group(name: str, *axes: str, member: bool = True) -> Group | None:
+            """Ranks that differ from this one along ``axes`` alone, in the order of the world."""
+            color = 0
+            for axis in AXES:
+                color = color * sizes[axis] + (0 if axis in axes else index[axis])
+            comm = world.comm.Split(color if member else MPI.UNDEFINED, world.rank)
+            return None if comm == MPI.COMM_NULL else made(comm, name, settings)
 
         def certain(name: str, *axes: str) -> Group:
             found = group(name, *axes)

@@ -77,11 +77,59 @@ def test_ranks_of_several_hosts_sum_and_share_only_what_they_should(tmp_path):
     assert found["barrier_s"] >= 3 * 1e-3
     for row in found["counted"]:
         assert row["right"], row
-        assert row["messages"] == [2 * 7 * 240_000 // 8] * 8
+        # Of hierarchical only what passes between the hosts is a message.
+        rounds = {"ring": 7, "hierarchical": 3}[row["algorithm"]]
+        assert row["messages"] == [2 * rounds * 240_000 // 8] * 8
         # A ring passes a host's link once a round; hierarchical sends 2 (h-1)/h n in all there.
         passed = {"ring": 2 * 7 * 240_000 // 8, "hierarchical": 2 * 3 * 240_000 // 4}
         for card in row["card"]:
             assert passed[row["algorithm"]] < card < 1.1 * passed[row["algorithm"]], row
+
+
+@pytest.mark.parametrize("dealt", (False, True), ids=("in order", "dealt"))
+def test_hierarchical_sums_in_the_windows_of_each_host(tmp_path, dealt):
+    sums = """
+import json, sys
+import torch
+from hosts.inside import Ranks
+from mpmp.comm.bridge import Bridge, Bridged
+
+crossed = []
+carry_out, run = Bridge.carry_out, Bridged.run
+Bridge.carry_out = lambda *them: (crossed.append("now"), carry_out(*them))[1]
+Bridged.run = lambda *them: (crossed.append("prepared"), run(*them))[1]
+ranks = Ranks()
+group = ranks.group
+said = {}
+for dtype in (torch.float32, torch.float64, torch.int64, torch.int16, torch.bfloat16):
+    for length in (0, 1, 7, 200_003):
+        for op in ("sum", "max", "prod"):
+            def of(rank):
+                x = torch.arange(length) + 3 * rank
+                return (x % 5 if op != "prod" else 1 + (x % 7 == 0)).to(dtype)
+            every = torch.stack([of(rank) for rank in range(group.size)])
+            right = {"sum": lambda: every.sum(0), "max": lambda: every.amax(0),
+                     "prod": lambda: every.prod(0)}[op]().to(dtype)
+            total = group.allreduce(of(group.rank), op=op, algorithm="hierarchical")
+            place = group.bridge.groups[0].empty if group.bridge._groups else torch.empty
+            x = place((length,), dtype=dtype)
+            handle = group.prepare_allreduce(x, op=op, algorithm="hierarchical")
+            for call in (handle.run, lambda: handle.start().wait()):
+                x.copy_(of(group.rank))
+                call()
+                said[f"{dtype} {length} {op}"] = torch.equal(x, right) and torch.equal(total, right)
+            handle.free()
+said = ranks.all([said, crossed])
+if ranks.world.rank == 0:
+    json.dump({"said": said, "hosts": group.hosts}, open(sys.argv[1], "w"))
+ranks.mesh.free()
+"""
+    with Hosts(4, 2, rate_mbit=0, delay_us=100, dealt=dealt) as hosts:
+        found = in_hosts(hosts, tmp_path, sums)
+    assert found["hosts"] == ([0, 1, 2, 3] * 2 if dealt else [0, 0, 1, 1, 2, 2, 3, 3])
+    for said, crossed in found["said"]:
+        assert all(said.values()), said
+        assert crossed == ["now", "prepared"] * 4 * 4 * 3, "16 bits alone keep the program"
 
 
 def test_links_have_the_rate_that_was_asked_for(tmp_path):

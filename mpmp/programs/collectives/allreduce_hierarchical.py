@@ -11,6 +11,7 @@ allreduce between these, a binomial broadcast inside. The first rank of the full
 does most: it sends, receives and reduces ceil(lg M) n more than Rabenseifner's costs on h ranks.
 
 The fact ``hosts`` gives each rank's host; without it all are on one. Costs of the stages add up.
+Where the ranks of a host share memory, comm/bridge.py does the first and the last part in windows.
 """
 
 from __future__ import annotations
