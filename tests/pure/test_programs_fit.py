@@ -85,14 +85,16 @@ def test_what_was_put_in_comes_out(exact: Fit) -> None:
 
 
 def test_noise_stays_within_the_intervals() -> None:
-    """5 % of noise: alpha and beta within 3 %, and the truth near every interval."""
+    """5 % of noise: alpha and beta within 5 %, and the truth near every interval that is told."""
     found = fit(measured(noise=0.05))
     for one in found.classes:
         assert one.median_error < 0.06
         for name, estimate in one.estimates.items():
             true, width = TRUE[one.link_class, name], estimate.high - estimate.low
             assert estimate.low <= estimate.value <= estimate.high
-            assert estimate.low - width < true < estimate.high + width
+            # Between hosts gamma is 2 % of beta and may drown: then it is not identifiable.
+            if estimate.known or name != "gamma":
+                assert estimate.low - width < true < estimate.high + width
             if name in ("alpha", "beta"):
                 assert estimate.value == pytest.approx(true, rel=0.05, abs=0)
 
