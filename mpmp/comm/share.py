@@ -13,6 +13,7 @@ place is the life of its storage. Whatever saves the tensor for backward keeps t
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import mmap
 import os
 import threading
@@ -89,10 +90,13 @@ class Heap:
 class Shares:
     """The shares of all ranks of this host, mapped here; this rank allocates in its own."""
 
-    def __init__(self, ranks: Sequence[int], own: int, maps: list[mmap.mmap], heap: Heap) -> None:
+    def __init__(
+        self, ranks: Sequence[int], own: int, maps: list[mmap.mmap], heap: Heap, lock: int
+    ) -> None:
         self.ranks = tuple(ranks)
         """Ranks of the world on this host."""
-        self._maps, self._heap = maps, heap
+        self._maps, self._heap, self._lock = maps, heap, lock
+        self._asked = False
         self.base = {
             rank: ctypes.addressof(ctypes.c_char.from_buffer(one))
             for rank, one in zip(ranks, maps, strict=True)
@@ -102,14 +106,17 @@ class Shares:
         self._stop = self._start + len(maps[0])
         self.kept: list[object] = []
         """What must outlive those who made it here, because other ranks may still read it."""
-        first = self._heap.take(PAGE_BYTES)
-        assert first == 0, "the page of what is said once"
 
     def is_first(self) -> bool:
         """Whether no rank of this host has asked before: for what is to be said once."""
-        word = ctypes.c_int64.from_address(self.base[self.ranks[0]])
-        asked, word.value = word.value, 1
-        return asked == 0
+        if self._asked:
+            return False
+        self._asked = True
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # and never given back
+        except OSError:
+            return False
+        return True
 
     def empty(self, nbytes: int) -> Tensor | None:
         """Uninitialised bytes in this rank's share, or None where there is no room."""
@@ -145,20 +152,23 @@ def open_shares(host: MPI.Intracomm, ranks: Sequence[int]) -> tuple[Shares | Non
     said = host.allgather((f"/proc/{os.getpid()}/fd/{descriptor}", identity, nbytes, why))
     shared = min(one[2] for one in said)
     maps: list[mmap.mmap] = []
+    lock = -1
     why = next((text for *_, text in said if text), "")
     if not why:
         try:
             for path, theirs, _, _ in said:
                 maps.append(_map(path, theirs, shared))
+            lock = _open(*said[0][:2])
         except (OSError, ValueError) as error:
             why = f"the ranks cannot open each other's memory: {error}"
     why = next((text for text in host.allgather(why) if text), "")
     if why:
-        if descriptor >= 0:
-            os.close(descriptor)
+        for opened in (descriptor, lock):
+            if opened >= 0:
+                os.close(opened)
         return None, why
     heap = Heap(descriptor, shared)
-    return Shares(ranks, ranks[host.rank], maps, heap), ""
+    return Shares(ranks, ranks[host.rank], maps, heap, lock), ""
 
 
 def _identity(descriptor: int) -> tuple[int, int]:
@@ -166,11 +176,17 @@ def _identity(descriptor: int) -> tuple[int, int]:
     return found.st_dev, found.st_ino
 
 
-def _map(path: str, identity: tuple[int, int], nbytes: int) -> mmap.mmap:
+def _open(path: str, identity: tuple[int, int]) -> int:
     descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    if _identity(descriptor) != identity:  # of another process namespace
+        os.close(descriptor)
+        raise OSError(0, f"{path} is another file here")
+    return descriptor
+
+
+def _map(path: str, identity: tuple[int, int], nbytes: int) -> mmap.mmap:
+    descriptor = _open(path, identity)
     try:
-        if _identity(descriptor) != identity:  # of another process namespace
-            raise OSError(0, f"{path} is another file here")
         return mmap.mmap(descriptor, nbytes)
     finally:
         os.close(descriptor)

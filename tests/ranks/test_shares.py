@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mpmp.comm.reductions import REDUCTIONS
-from mpmp.comm.share import PAGE_BYTES
+from mpmp.comm.share import PAGE_BYTES, open_shares
 from ranks.windowed import PLACEMENTS, in_rank_order, placed, same_bits, spec_of, values
 
 pytestmark = pytest.mark.ranks(1, 2, 3, 4, timeout=40)
@@ -292,3 +292,16 @@ def test_the_violation_of_a_lease_is_seen(windows, monkeypatch):
     shares._heap._returned.clear()
     shares._heap._free[:] = before[0]
     assert wrong, "the test above would not notice"
+
+
+def test_one_rank_of_a_host_is_the_first_to_ask_however_close_they_ask(windows):
+    comm, firsts = windows.comm, []
+    for _ in range(20):
+        shares, why = open_shares(comm, windows.ranks)
+        assert shares is not None, why
+        comm.Barrier()
+        firsts.append((shares.is_first(), shares.is_first()))
+    said = comm.allgather(firsts)
+    for turn in range(20):
+        assert sum(theirs[turn][0] for theirs in said) == 1
+        assert not any(theirs[turn][1] for theirs in said)
