@@ -15,4 +15,4 @@ export PRTE_MCA_hwloc_default_binding_policy=none
 export OMPI_MCA_btl=^ofi OMPI_MCA_osc=^ucx
 
 # Between hosts over TCP: a longer message than this waits for three latencies in place of one.
-export OMPI_MCA_btl_tcp_eager_limit=600000
+export OMPI_MCA_btl_tcp_eager_limit=2200000

@@ -139,6 +139,7 @@ class Call(ctypes.Structure):
         ("divide", ctypes.c_double),
         ("signature", ctypes.c_uint64),
         ("offset", ctypes.c_int64),
+        ("slot_bytes", ctypes.c_int64),
         ("input", ctypes.c_void_p),
         ("result", ctypes.c_void_p),
         ("buffers", ctypes.c_void_p),

@@ -56,8 +56,9 @@ static inline void finish_copies(void) {
 }
 
 enum {
-    LOAD_PAST_CACHE = 2048,      /* bytes from which a slot is loaded past the cache */
-    PUBLISH_PAST_CACHE = 1 << 22 /* bytes from which a sum is published past the cache */
+    LOAD_PAST_CACHE = 2048,       /* bytes from which a slot is loaded past the cache */
+    PUBLISH_PAST_CACHE = 1 << 22, /* bytes from which a sum is published past the cache */
+    IN_TURNS = 256                /* elements that are summed before as many are loaded, and so on */
 };
 
 /* --- the sum-and-publish kernels -------------------------------------------------------------- */
@@ -190,8 +191,9 @@ struct call {
     int64_t num_steps, dtype, itemsize;
     double divide;
     uint64_t signature;
-    int64_t offset;   /* of this rank's buffer in its own share, or -1 */
-    char *input;      /* what LOAD copies into this rank's buffer */
+    int64_t offset;   /* of this rank's buffer, or first slot, in its own share, or -1 */
+    int64_t slot_bytes; /* of each of two slots, through which pieces pass in turns; 0: no slots */
+    char *input;      /* what LOAD copies into this rank's slots */
     char *result;     /* this rank's private memory that RESULT means */
     char **buffers;   /* room for the address of everybody's buffer; filled when all have arrived */
     void **pointers;  /* room for 2 x size pointers */
@@ -207,14 +209,14 @@ static inline void pause_briefly(void) {
 #endif
 }
 
-static int await(struct lane *lane, int64_t source, uint64_t published, int64_t *spins, int64_t *yields) {
+static int await(struct lane *lane, int64_t source, uint64_t published, int64_t spins, int64_t yields) {
     struct line *line = lane->lines[source];
     while (atomic_load_explicit(&line->published, memory_order_acquire) < published) {
-        if (*spins > 0) {
-            --*spins;
+        if (spins > 0) {
+            spins--;
             pause_briefly();
-        } else if (*yields > 0) {
-            --*yields;
+        } else if (yields > 0) {
+            yields--;
             sched_yield();
         } else {
             return 0;
@@ -245,35 +247,58 @@ static void end(struct call *call) {
     call->at = call->published = call->awaited = call->met = 0;
 }
 
-static int combine(struct call *call, const struct step *step) {
-    struct lane *lane = call->lane;
-    void **sources = call->pointers, **targets = call->pointers + lane->size;
-    int64_t first = step->start * call->itemsize, num_sources = 0, num_targets = 0;
-    int64_t near = step->target == ALL ? lane->rank : -1;
-    for (int64_t rank = 0; rank < lane->size; rank++) {
-        if (step->source == ALL || step->source == rank) sources[num_sources++] = call->buffers[rank] + first;
-        if (step->target == ALL || step->target == rank) targets[num_targets++] = call->buffers[rank] + first;
-    }
-    if (step->target == RESULT) targets[num_targets++] = call->result + first;
-    if (step->kind == COPY) {
-        for (int64_t t = 0; t < num_targets; t++)
-            if (targets[t] != sources[0]) memcpy(targets[t], sources[0], (size_t)(step->count * call->itemsize));
-        return 0;
-    }
-    return mpmp_sum_publish(call->dtype, step->count, num_sources, sources, num_targets, targets,
-                            call->divide, near);
+/* Elements [from, from + count) of a step, after as many publications. A slot holds one piece, from
+ * its beginning on; what is loaded goes to the slot whose turn it is, and each publication turns. */
+static int64_t place(const struct call *call, const struct step *step, int64_t from, int64_t published) {
+    if (!call->slot_bytes) return (step->start + from) * call->itemsize;
+    return (int64_t)((call->lane->base + (uint64_t)published) & 1) * call->slot_bytes + from * call->itemsize;
 }
 
-/* This rank's input into its slot. */
-static void load(const struct call *call, const struct step *step) {
-    int64_t first = step->start * call->itemsize, nbytes = step->count * call->itemsize;
-    char *slot = call->lane->shares[call->lane->rank] + call->offset;
-    if (nbytes < LOAD_PAST_CACHE) {
-        memcpy(slot + first, call->input + first, (size_t)nbytes);
-    } else {
-        copy_past_cache(slot + first, call->input + first, (size_t)nbytes);
-        finish_copies();
+static int combine(struct call *call, const struct step *step, int64_t from, int64_t count) {
+    struct lane *lane = call->lane;
+    void **sources = call->pointers, **targets = call->pointers + lane->size;
+    int64_t own = (step->start + from) * call->itemsize, there = place(call, step, from, call->published - 1);
+    int64_t near = step->target == ALL ? lane->rank : -1, num_sources = 0, num_targets = 0;
+    for (int64_t rank = 0; rank < lane->size; rank++) {
+        char *at = call->buffers[rank] + there;
+        /* What this rank has loaded it reads where it was: its slot was filled past the cache. */
+        if (call->slot_bytes && rank == lane->rank) at = call->input + own;
+        if (step->source == ALL || step->source == rank) sources[num_sources++] = at;
+        if (step->target == ALL || step->target == rank) targets[num_targets++] = at;
     }
+    if (step->target == RESULT) targets[num_targets++] = call->result + own;
+    if (step->kind == COPY) {
+        for (int64_t t = 0; t < num_targets; t++)
+            if (targets[t] != sources[0]) memcpy(targets[t], sources[0], (size_t)(count * call->itemsize));
+        return 0;
+    }
+    return mpmp_sum_publish(call->dtype, count, num_sources, sources, num_targets, targets, call->divide, near);
+}
+
+/* This rank's input into the slot whose turn it is. */
+static void load(const struct call *call, const struct step *step, int64_t from, int64_t count) {
+    char *slot = call->lane->shares[call->lane->rank] + call->offset + place(call, step, from, call->published);
+    const char *input = call->input + (step->start + from) * call->itemsize;
+    if (step->count * call->itemsize < LOAD_PAST_CACHE)
+        memcpy(slot, input, (size_t)(count * call->itemsize));
+    else
+        copy_past_cache(slot, input, (size_t)(count * call->itemsize));
+}
+
+static inline int64_t left(const struct step *step, int64_t done) {
+    int64_t count = step->count - done;
+    return count < 0 ? 0 : count < IN_TURNS ? count : IN_TURNS;
+}
+
+/* A sum and the load after it, a little of each in turns: the one waits for memory to be read, the
+ * other for memory to be written, and together they take little longer than the sum alone. */
+static int combine_and_load(struct call *call, const struct step *sum, const struct step *next) {
+    for (int64_t done = 0; done < sum->count || done < next->count; done += IN_TURNS) {
+        if (done < sum->count && combine(call, sum, done, left(sum, done))) return COMBINE_ELSEWHERE;
+        if (done < next->count) load(call, next, done, left(next, done));
+    }
+    finish_copies();
+    return DONE;
 }
 
 /* Carry out steps until the end (DONE), or until somebody is late for more than `spins` spins and
@@ -287,7 +312,8 @@ int mpmp_run(struct call *call, int64_t spins, int64_t yields) {
         const struct step *step = &call->steps[call->at];
         switch (step->kind) {
         case LOAD:
-            load(call, step);
+            load(call, step, 0, step->count);
+            finish_copies();
             break;
         case PUBLISH:
             if (call->published++ == 0) {
@@ -299,7 +325,7 @@ int mpmp_run(struct call *call, int64_t spins, int64_t yields) {
         case AWAIT:
             for (; call->awaited < lane->size; call->awaited++) {
                 if (step->source != ALL && step->source != call->awaited) continue;
-                if (!await(lane, call->awaited, lane->base + (uint64_t)call->published, &spins, &yields))
+                if (!await(lane, call->awaited, lane->base + (uint64_t)call->published, spins, yields))
                     return WAITING;
             }
             if (!call->met++) {
@@ -311,7 +337,13 @@ int mpmp_run(struct call *call, int64_t spins, int64_t yields) {
             }
             break;
         default:
-            if (step->count > 0 && combine(call, step)) return COMBINE_ELSEWHERE;
+            if (step->count == 0) break;
+            if (call->at + 1 < call->num_steps && step[1].kind == LOAD) {
+                if (combine_and_load(call, step, step + 1)) return COMBINE_ELSEWHERE;
+                call->at++;
+            } else if (combine(call, step, 0, step->count)) {
+                return COMBINE_ELSEWHERE;
+            }
         }
     }
     end(call);

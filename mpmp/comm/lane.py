@@ -6,7 +6,8 @@ on every call, so that ranks which differ raise together and never add what does
 together.
 
 What a rank has shown it may still be read after it has gone on, so headers and slots are two, taken
-in turns: the next but one operation is met only by those who have ended this one.
+in turns: headers by operations, for the next but one is met only by those who have ended this one;
+slots by publications, for an operation may pass many pieces.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from mpmp.comm.mpi import MPI
 from mpmp.comm.share import PAGE_BYTES, Shares
 from mpmp.comm.world import World
 
+CACHE_LINE_BYTES = 64
 assert LINE_BYTES <= PAGE_BYTES
 
 KERNELS = {
@@ -84,6 +86,7 @@ class Lane:
         cls, world: World, shares: Shares, comm: MPI.Intracomm, ranks: Sequence[int], slot: int
     ) -> Lane | None:
         """A lane with two slots of ``slot`` bytes, or None, on all ranks alike, without room."""
+        slot = -(-slot // CACHE_LINE_BYTES) * CACHE_LINE_BYTES  # so that both begin on one
         memory = shares.empty(PAGE_BYTES + 2 * slot)
         if memory is not None:
             memory[:PAGE_BYTES].zero_()
@@ -95,6 +98,6 @@ class Lane:
         return cls(shares, ranks, comm.rank, memory, places)
 
     def next_slot(self) -> int:
-        """Offset, in this rank's share, of the slot whose turn it is."""
-        turn: int = self.struct.turn
-        return self.slots[turn & 1]
+        """Offset, in this rank's share, of the slot whose turn it is before an operation."""
+        published: int = self.struct.base
+        return self.slots[published & 1]

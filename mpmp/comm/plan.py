@@ -26,8 +26,9 @@ from mpmp.programs.steps import NONE, Algorithm, Reduce, Round, Send
 
 __all__ = ["Plan", "Spec", "lower"]
 
-PIECE_BYTES = 256 * 1024
-"""Longest request: what is combined while the next is under way still lies in the cache."""
+PIECE_BYTES = 2 << 20
+"""Longest request. Each wave is a meeting of all its ranks: the fewer the better where ranks share
+cores, as long as what is combined while the next is under way still lies in the cache."""
 DEPTH = 2
 """Waves under way at once."""
 

@@ -1,7 +1,7 @@
 """Windows: collectives on tensors that live in memory shared by the ranks of a host.
 
 A tensor in a share is combined where it lies; each call says where that is, so nothing has to be
-registered. Any other tensor passes through two slots in pieces that stay in the cache. Progress is
+registered. Any other tensor passes through two slots, in pieces. Progress is
 made by whoever waits: ``start`` says that this rank has arrived, ``wait`` sums.
 """
 
@@ -25,12 +25,12 @@ from mpmp.comm.share import CURE, Shares
 from mpmp.comm.spec import Spec
 from mpmp.comm.window_call import AT_ONCE, DONE, NOT_ALIKE, WAITING, Patience, WindowCall
 from mpmp.comm.window_operation import Places, WindowOperation
-from mpmp.comm.window_plan import copy_spans, cut, lower, meeting, window_algorithm
+from mpmp.comm.window_plan import copy_spans, cut, lower, meeting, pieces, window_algorithm
 from mpmp.comm.world import World
 from mpmp.errors import LaunchError, PeerError
 
 SLOT_BYTES = 256 * 1024
-"""A piece of a tensor that is copied in and out: two slots and the peers' fit into the cache."""
+"""A piece of a tensor that is copied in and out: still in the cache when it is summed."""
 FEW_RANKS = 3
 """Up to here a copied tensor is summed one-shot: reading p pieces beats copying one more."""
 _SPINS, _YIELDS = 2000, 20
@@ -40,7 +40,6 @@ class Windows:
     """What the ranks of a group that share a host do in shared memory."""
 
     MOST_CALLS = 256
-    slot_bytes = SLOT_BYTES
 
     def __init__(
         self,
@@ -53,7 +52,7 @@ class Windows:
     ) -> None:
         self.world, self.shares, self.comm, self.ranks, self.name = world, shares, comm, ranks, name
         self._demanded = demanded
-        self.size = len(ranks)
+        self.size, self.slot_bytes = len(ranks), SLOT_BYTES
         # With more ranks than cores a spinning rank would keep the one it waits for from running.
         crowded = world.ranks_on_host > len(os.sched_getaffinity(0))
         self.patience: Patience = (
@@ -72,7 +71,7 @@ class Windows:
         """Whether the group has its lane; opened at the first call, which all ranks make."""
         if not self._asked:
             self._asked = True
-            self._lane = self.open_lane(SLOT_BYTES)
+            self._lane = self.open_lane(self.slot_bytes)
             if self._lane is None:
                 self._no_room(f"group {self.name} sends messages, which is slower")
         return self._lane is not None
@@ -118,15 +117,22 @@ class Windows:
         self.follow(spec, reduction, x, at, result, start)
 
     def follow(
-        self, spec: Spec, reduction: Reduction, x: Tensor, at: int, result: Tensor, start: int
+        self,
+        spec: Spec,
+        reduction: Reduction,
+        x: Tensor,
+        at: int,
+        result: Tensor,
+        start: int,
+        in_place: bool = True,
     ) -> None:
-        """``carry_out`` of a call whose turn it is."""
+        """``carry_out`` of a call whose turn it is; ``in_place`` unless all know that it fails."""
         retired = list(self.retired)
         if not result.is_inference():
             torch.autograd.graph.increment_version(result)  # autograd does not see what C stores
-        algorithm = window_algorithm(spec)
         # Asked of the spec, not of the tensor: all ranks must take the same way.
-        if algorithm.slots == 1 and spec.collective != "reduce_scatter":
+        in_place &= window_algorithm(spec).slots == 1 and spec.collective != "reduce_scatter"
+        if in_place:
             offset = self.shares.offset(result)
             if offset >= 0:
                 load(result[at : at + x.numel()], x)
@@ -144,7 +150,7 @@ class Windows:
         """The same through the slots, for memory that the others cannot reach."""
         few = spec.collective == "allreduce" and self.size <= FEW_RANKS
         if few or window_algorithm(spec).slots == 2:
-            self._one_shot_in_pieces(spec, reduction, x, result)
+            self._one_shot(spec, reduction, x, result)
             return
         assert self._lane is not None
         lane, slot = self._lane, self._lane.slot_bytes // spec.dtype.itemsize
@@ -164,17 +170,12 @@ class Windows:
                 spans, bounds, result, start, lambda piece, there: piece.copy_(there), buffer
             )
 
-    def _one_shot_in_pieces(
-        self, spec: Spec, reduction: Reduction, x: Tensor, result: Tensor
-    ) -> None:
+    def _one_shot(self, spec: Spec, reduction: Reduction, x: Tensor, result: Tensor) -> None:
+        """All pieces in one call, which meets once; the next is loaded while one is summed."""
         assert self._lane is not None
-        lane, total = self._lane, spec.bounds[-1]
-        most = lane.slot_bytes // spec.dtype.itemsize
-        for low in range(0, max(total, 1), most):
-            piece = min(most, total - low)
-            call = self._call(spec, reduction, "one_shot", (0, piece))
-            call.place(lane.next_slot(), x[low:], result[low:])
-            self.finish(call, spec)
+        call = self._call(spec, reduction, "one_shot", pieces(spec, self._lane))
+        call.bind(x, result)
+        self.finish(call, spec)
 
     def prepare(
         self, spec: Spec, reduction: Reduction, x: Tensor, places: Places
@@ -253,7 +254,8 @@ class Windows:
 
         def ready() -> bool:
             nonlocal outcome
-            outcome = call.advance(AT_ONCE)
+            # Once all have met they are at the same work, and nobody is late for long.
+            outcome = call.advance(self.patience if call.met else AT_ONCE)
             return outcome != WAITING
 
         self.world.until(

@@ -72,13 +72,18 @@ class WindowCall:
         self._address = ctypes.c_void_p(ctypes.addressof(self.struct))
         self._run = self._run_in_python if found is None else found.mpmp_run
 
-    def place(
-        self, offset: int, source: Tensor | None = None, result: Tensor | None = None
-    ) -> None:
-        """Where the next run finds its buffer (in this rank's share, or -1) and private memory."""
+    def place(self, offset: int) -> None:
+        """Where the next run finds its buffer: in this rank's share, or -1."""
         self.struct.offset = offset
-        self.struct.input = None if source is None else source.data_ptr()
-        self.struct.result = None if result is None else result.data_ptr()
+
+    def bind(self, source: Tensor, result: Tensor) -> None:
+        """The private memory of the next run through slots; both may be the same."""
+        self.struct.input, self.struct.result = source.data_ptr(), result.data_ptr()
+
+    def use_slots(self) -> None:
+        """Let its pieces pass through the two slots of the lane, in turns."""
+        self.struct.slot_bytes = self.lane.slot_bytes
+        self.struct.offset = self.lane.slots[0]
 
     def advance(self, patience: Patience) -> int:
         """Go on; DONE, WAITING (for ``awaited``), NOT_ALIKE or NOT_ALL_IN_WINDOWS."""
@@ -94,16 +99,25 @@ class WindowCall:
         """The rank of the group that a call which is WAITING waits for."""
         return int(self.struct.awaited)
 
+    @property
+    def met(self) -> bool:
+        """Whether all ranks have come to the call that is under way."""
+        return bool(self.struct.met)
+
     # --- the same in Python ---------------------------------------------------------------------
 
     def _carry_out(self, step: Step) -> None:
         """A COMBINE or COPY on tensors over everybody's buffers."""
         kind, source, target, start, count = step
-        every = range(self.lane.size)
-        sources = [self._view(self._buffers[r], start, count) for r in every if source in (ALL, r)]
-        targets = [self._view(self._buffers[r], start, count) for r in every if target in (ALL, r)]
+        first = start * self.dtype.itemsize
+        there = self._place(first, self.struct.published - 1)
+        buffers = [address + there for address in self._buffers]
+        if self.struct.slot_bytes:  # what this rank has loaded stands where it was
+            buffers[self.lane.struct.rank] = self.struct.input + first
+        sources = [self._view(at, count) for r, at in enumerate(buffers) if source in (ALL, r)]
+        targets = [self._view(at, count) for r, at in enumerate(buffers) if target in (ALL, r)]
         if target == RESULT:
-            targets.append(self._view(self.struct.result, start, count))
+            targets.append(self._view(self.struct.result + first, count))
         if kind == COPY:
             for one in targets:
                 one.copy_(sources[0])
@@ -112,9 +126,13 @@ class WindowCall:
         else:
             sum_publish(sources, targets, self._divide)
 
-    def _view(self, address: int, start: int, count: int) -> Tensor:
-        itemsize = self.dtype.itemsize
-        memory = (ctypes.c_char * (count * itemsize)).from_address(address + start * itemsize)
+    def _place(self, first: int, published: int) -> int:
+        """Where, in a buffer, that lies which has its place ``first`` bytes from the beginning."""
+        turn: int = (self.lane.struct.base + published) & 1
+        return turn * self.struct.slot_bytes if self.struct.slot_bytes else first
+
+    def _view(self, address: int, count: int) -> Tensor:
+        memory = (ctypes.c_char * (count * self.dtype.itemsize)).from_address(address)
         return torch.frombuffer(memory, dtype=self.dtype)
 
     def _run_in_python(self, _: object, spins: ctypes.c_int64, yields: ctypes.c_int64) -> int:
@@ -125,8 +143,9 @@ class WindowCall:
             if kind == LOAD:
                 first, nbytes = start * call.itemsize, count * call.itemsize
                 if nbytes:  # nothing at all has no address
-                    slot = lane.shares[lane.struct.rank] + call.offset
-                    ctypes.memmove(slot + first, call.input + first, nbytes)
+                    slot = call.offset + self._place(first, call.published)
+                    share = lane.shares[lane.struct.rank]
+                    ctypes.memmove(share + slot, call.input + first, nbytes)
             elif kind == PUBLISH:
                 self._publish()
             elif kind == AWAIT:

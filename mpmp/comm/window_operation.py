@@ -9,11 +9,17 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from mpmp.comm.lane import Lane
 from mpmp.comm.reductions import Reduction
 from mpmp.comm.spec import Spec
-from mpmp.comm.window_call import AT_ONCE, DONE, WAITING, Patience, WindowCall
-from mpmp.comm.window_plan import lower, window_algorithm
+from mpmp.comm.window_call import (
+    AT_ONCE,
+    DONE,
+    NOT_ALL_IN_WINDOWS,
+    WAITING,
+    Patience,
+    WindowCall,
+)
+from mpmp.comm.window_plan import lower, pieces, window_algorithm
 from mpmp.errors import TensorError
 
 if TYPE_CHECKING:
@@ -38,18 +44,18 @@ class WindowOperation:
         self._places = at, start
         self._retire: Callable[[], object] = lambda: None
         windows.agree(spec)  # before anything of it is opened
-        slots = window_algorithm(spec).slots
-        nbytes = spec.bounds[-1] * spec.dtype.itemsize
-        self._lane: Lane | None = None
-        if slots == 1 or nbytes <= windows.slot_bytes:
-            self._lane = windows.open_lane(nbytes if slots == 2 else 0)
+        in_slots = window_algorithm(spec).slots == 2
+        lane = windows.open_lane(min(spec.nbytes, windows.slot_bytes) if in_slots else 0)
         self._call: WindowCall | None = None
-        if self._lane is not None:
-            rank = windows.comm.rank
-            self._call = lower(spec, reduction, spec.algorithm, spec.bounds, self._lane, rank)
-            self._call.place(windows.shares.offset(x), x, x)
-            self._retire = weakref.finalize(self, windows.retire, self._lane)
-        self._alternate = slots == 2
+        if lane is not None:
+            bounds = pieces(spec, lane) if in_slots else spec.bounds
+            self._call = lower(spec, reduction, spec.algorithm, bounds, lane, windows.comm.rank)
+            if in_slots:
+                self._call.bind(x, x)
+            else:
+                self._call.place(windows.shares.offset(x))
+            self._retire = weakref.finalize(self, windows.retire, lane)
+        self._in_place = True
         self._outcome = DONE
         self._freed = False
 
@@ -74,14 +80,12 @@ class WindowOperation:
         return time.perf_counter() - began
 
     def begin(self, patience: Patience) -> None:
-        call, lane = self._call, self._lane
-        if call is None or lane is None:
+        call = self._call
+        if call is None:
             if self._freed:
                 raise TensorError(f"{self.spec} was freed; prepare it anew")
             self._outcome = WAITING
             return
-        if self._alternate:
-            call.struct.offset = lane.next_slot()
         try:
             self._outcome = call.advance(patience)
         except BaseException:
@@ -104,9 +108,12 @@ class WindowOperation:
         if self._call is not None and outcome != DONE:
             outcome = windows.finish(self._call, self.spec, outcome)
         if outcome != DONE:  # somebody's memory is out of the others' reach
-            self._call = None
+            if outcome == NOT_ALL_IN_WINDOWS:
+                self._call, self._in_place = None, False
             at, start = self._places
-            windows.follow(self.spec, self.reduction, self.input, at, self.output, start)
+            windows.follow(
+                self.spec, self.reduction, self.input, at, self.output, start, self._in_place
+            )
         self._outcome = DONE
 
     def free(self) -> None:

@@ -15,7 +15,7 @@ from mpmp.comm.spec import Spec
 from mpmp.comm.window_call import AWAIT, COMBINE, COPY, LOAD, PUBLISH, Step, WindowCall
 from mpmp.programs import collectives
 from mpmp.programs.steps import NONE
-from mpmp.programs.windows import ALL, Await, Combine, Publish, WindowAlgorithm
+from mpmp.programs.windows import ALL, Await, Combine, Load, Publish, WindowAlgorithm
 
 
 def window_algorithm(spec: Spec) -> WindowAlgorithm:
@@ -31,13 +31,14 @@ def lower(
     """A window program for one rank, its chunks given their elements."""
     algorithm = collectives.find(spec.collective, name)
     assert isinstance(algorithm, WindowAlgorithm)
-    facts = algorithm.taken(dict(spec.facts))
+    facts = algorithm.taken({**dict(spec.facts), "pieces": len(bounds) - 1})
     steps: list[Step] = []
-    if algorithm.slots == 2:
-        steps.append((LOAD, 0, 0, 0, bounds[-1]))
     for step in algorithm.program(rank, lane.size, **facts):
         if isinstance(step, Publish):
             steps.append((PUBLISH, 0, 0, 0, 0))
+        elif isinstance(step, Load):
+            first = bounds[step.chunk]
+            steps.append((LOAD, 0, 0, first, bounds[step.chunk + 1] - first))
         elif isinstance(step, Await):
             steps.append((AWAIT, step.source, 0, 0, 0))
         elif step.store_to != NONE:
@@ -46,7 +47,10 @@ def lower(
     divide = float(lane.size) if reduction.averages else 1.0
     sums = reduction.combine is torch.add
     combine = None if sums else _chained(reduction, spec.dtype)
-    return WindowCall(lane, steps, spec.dtype, signature, divide, combine)
+    call = WindowCall(lane, steps, spec.dtype, signature, divide, combine)
+    if algorithm.slots == 2:
+        call.use_slots()
+    return call
 
 
 def meeting(spec: Spec, lane: Lane) -> WindowCall:
@@ -77,6 +81,12 @@ def _chained(
             target.copy_(total)
 
     return combine
+
+
+def pieces(spec: Spec, lane: Lane) -> tuple[int, ...]:
+    """Bounds of the pieces in which a buffer passes through the slots of a lane."""
+    most, total = max(1, lane.slot_bytes // spec.dtype.itemsize), spec.bounds[-1]
+    return (0, *range(most, total, most), total)
 
 
 def cut(bounds: Sequence[int], most: int) -> list[list[tuple[int, int]]]:

@@ -5,6 +5,7 @@ each rank carries a vector clock, publishing shows it, awaiting takes it over. T
 chunk of one window, of which one writes, must be ordered, whatever the speed of the ranks. The
 program is followed three times in a row, as it is replayed: the owner writes a new input before
 and reads the result after each time, so a program that ends too early is caught by its next turn.
+A slot is one place, whichever chunk passes through it, and a private result is its input's place.
 Contributions are counted as for message programs: what each chunk holds, each exactly once.
 """
 
@@ -25,6 +26,7 @@ from mpmp.programs.windows import (
     RESULT,
     Await,
     Combine,
+    Load,
     Publish,
     WindowAlgorithm,
     WindowCost,
@@ -37,7 +39,7 @@ TURNS = 3
 
 Clock = NDArray[np.int64]
 Place = tuple[int, int, int]
-"""Rank whose memory it is, slot (RESULT for its private result), chunk."""
+"""Rank whose memory it is, slot (RESULT for its private result), chunk (0 in a slot)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,13 +66,18 @@ def check_window(
     steps = [list(algorithm.program(rank, size, **facts)) for rank in range(size)]
     num_chunks = algorithm.num_chunks(size, **facts)
     for rank, one in enumerate(steps):
-        _check_form(rank, one, steps[0], size, num_chunks)
+        _check_form(rank, one, steps[0], size, num_chunks, algorithm.slots)
     _Run(collective, algorithm, steps, size, num_chunks, facts).follow()
     return _check_cost(algorithm.cost(size, **facts), steps, size, num_chunks)
 
 
 def _check_form(
-    rank: int, steps: list[WindowStep], first: list[WindowStep], size: int, num_chunks: int
+    rank: int,
+    steps: list[WindowStep],
+    first: list[WindowStep],
+    size: int,
+    num_chunks: int,
+    slots: int,
 ) -> None:
     """What is wrong with one rank's program by itself."""
     published = sum(isinstance(step, Publish) for step in steps)
@@ -80,7 +87,10 @@ def _check_form(
             f"rank {rank}, step {len(steps)} (the end): it has published {published} times and "
             f"rank 0 {wanted} times; every rank must publish equally often"
         )
-    for number, begins in enumerate((Publish(), Await(ALL))):
+    loads = isinstance(steps[0], Load)
+    if slots > 1 and not loads:
+        raise ProgramError(f"rank {rank}, step 0: a program with slots begins with Load")
+    for number, begins in enumerate((Publish(), Await(ALL)), start=int(loads)):
         if steps[number : number + 1] != [begins]:
             raise ProgramError(
                 f"rank {rank}, step {number}: every program begins with Publish and Await of ALL, "
@@ -94,12 +104,17 @@ def _check_form(
                 step.store_to in (ALL, RESULT, NONE) or 0 <= step.store_to < size
             )
             known &= step.count >= 1 and 0 <= step.chunk <= num_chunks - step.count
+            known &= (
+                not loads or step.store_to == NONE or (step.count, step.store_to) == (1, RESULT)
+            )
+        elif isinstance(step, Load):
+            known = loads and 0 <= step.chunk < num_chunks
         else:
             known = True
         if not known:
             raise ProgramError(
                 f"rank {rank}, step {number}: {step} speaks of ranks or chunks that are not among "
-                f"the {size} ranks and {num_chunks} chunks"
+                f"the {size} ranks and {num_chunks} chunks, or of slots where there are none"
             )
 
 
@@ -125,6 +140,7 @@ class _Run:
         self.reads: dict[Place, list[_Access]] = {}
         # How often each rank's contribution to which chunk lies in a place: {(rank, chunk): times}
         self.content: dict[Place, dict[tuple[int, int], int]] = {}
+        self.loads = isinstance(steps[0][0], Load)
         self.private = any(
             isinstance(step, Combine) and step.store_to == RESULT for one in steps for step in one
         )
@@ -148,8 +164,7 @@ class _Run:
         """One rank; yields where it cannot go on, with the words for it."""
         total = 0
         for turn in range(TURNS):
-            slot = turn % self.slots
-            self._fill(rank, slot, turn)
+            self._fill(rank, turn)
             for number, step in enumerate(self.steps[rank]):
                 said = f"step {number}: {step}"
                 if isinstance(step, Publish):
@@ -162,10 +177,12 @@ class _Run:
                             yield said
                         seen = self.published[source][total - 1]
                         np.maximum(self.clocks[rank], seen, out=self.clocks[rank])
+                elif isinstance(step, Load):
+                    self._load(rank, total % self.slots, step, f"rank {rank}, {said}")
                 elif step.store_to != NONE:
-                    self._combine(rank, slot, step, f"rank {rank}, {said}")
+                    self._combine(rank, (total - 1) % self.slots, step, f"rank {rank}, {said}")
                 self.num_done += 1
-            self._take(rank, slot, turn)
+            self._take(rank, turn)
 
     def _tick(self, rank: int) -> None:
         self.clocks[rank, rank] += 1
@@ -198,18 +215,25 @@ class _Run:
 
     # --- what the words do ------------------------------------------------------------------------
 
-    def _fill(self, rank: int, slot: int, turn: int) -> None:
+    def _fill(self, rank: int, turn: int) -> None:
         for chunk in range(self.num_chunks):
-            place = (rank, slot, chunk)
+            place = (rank, RESULT if self.loads else 0, chunk)
             self._write(rank, place, f"rank {rank}, the input of turn {turn}")
             self.content[place] = {(rank, chunk): 1}
+
+    def _load(self, rank: int, slot: int, step: Load, said: str) -> None:
+        self._write(rank, (rank, slot, 0), said)
+        self.content[rank, slot, 0] = self.content[rank, RESULT, step.chunk]
 
     def _combine(self, rank: int, slot: int, step: Combine, said: str) -> None:
         for chunk in range(step.chunk, step.chunk + step.count):
             total: dict[tuple[int, int], int] = {}
             for source in members(step.sum_from, self.size):
-                self._read(rank, (source, slot, chunk), said)
-                for key, times in self.content[source, slot, chunk].items():
+                place = (source, slot, chunk)
+                if self.loads:  # what it has loaded a rank reads where it was
+                    place = (rank, RESULT, chunk) if source == rank else (source, slot, 0)
+                self._read(rank, place, said)
+                for key, times in self.content.get(place, {}).items():
                     total[key] = total.get(key, 0) + times
             if step.store_to == RESULT:
                 self.content[rank, RESULT, chunk] = total
@@ -218,12 +242,12 @@ class _Run:
                 self._write(rank, (target, slot, chunk), said)
                 self.content[target, slot, chunk] = dict(total)
 
-    def _take(self, rank: int, slot: int, turn: int) -> None:
+    def _take(self, rank: int, turn: int) -> None:
         """The owner reads its result, which must be what the collective promises."""
         if self.collective == "barrier":
             self._heard_of_all(rank, turn)
             return
-        where = RESULT if self.private else slot
+        where = RESULT if self.private else 0
         for chunk in range(self.num_chunks):
             wanted = self._promise(rank, chunk)
             if wanted is None:

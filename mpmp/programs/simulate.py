@@ -37,7 +37,7 @@ from mpmp.programs.collectives import COLLECTIVES
 from mpmp.programs.follow import follow_schedule, need, peak_live
 from mpmp.programs.rounds import Chunks, Rounds
 from mpmp.programs.steps import FORWARD, NONE, Action, Algorithm, Schedule
-from mpmp.programs.windows import ALL, Await, Combine, WindowAlgorithm
+from mpmp.programs.windows import ALL, Await, Combine, Publish, WindowAlgorithm
 
 
 def simulate_collective(
@@ -82,7 +82,7 @@ def simulate_window(
         elif isinstance(step, Await):
             others = published.max() if np.all(step.source == ALL) else published[step.source]
             now = np.maximum(now, others) + memory.sync_s
-        else:
+        elif isinstance(step, Publish):
             published = now
     return float(now.max())
 

@@ -18,7 +18,9 @@ Rules, the same for the checker and for those who carry it out:
    there the ranks compare what they are about to do, and learn where the windows lie.
 3. Summands are added in rank order, each result is rounded once.
 4. When a program has ended on a rank it may write to its own window at once. Where that would be
-   too early the input lies in one of two *slots*, taken in turns (``slots = 2``).
+   too early, or the others cannot reach the input, it passes through two *slots* (``slots = 2``):
+   ``Load`` copies one chunk to the slot whose turn it is, ``Publish`` gives the turn to the other,
+   and ``Combine`` sums what was published last. Such a program begins with ``Load``.
 """
 
 from __future__ import annotations
@@ -59,14 +61,21 @@ class Combine:
     count: Any = 1
 
 
-WindowStep = Publish | Await | Combine
+@dataclass(frozen=True, slots=True)
+class Load:
+    """This rank's input of ``chunk`` is copied to the slot whose turn it is."""
+
+    chunk: Any
+
+
+WindowStep = Publish | Await | Combine | Load
 
 
 @dataclass(frozen=True, slots=True)
 class WindowCost:
     """The published cost on n bytes: how often ranks wait for one another, and bytes touched.
 
-    ``read`` and ``written`` are the most that any rank reads and writes, as multiples of n.
+    ``read`` and ``written`` are the most that any rank reads and writes in sums, as multiples of n.
     """
 
     syncs: int

@@ -31,9 +31,9 @@ from mpmp.programs.fit import Fit, Row, crossover, fit, predict  # noqa: E402
 
 KIB, MIB = 1024, 1 << 20
 TUNED: dict[str, str | None] = {
-    # Pieces of the executor (256 KiB) go at once, without asking the receiver first: three
+    # Pieces of the executor (2 MiB) go at once, without asking the receiver first: three
     # latencies for a message would else become one, and the link be idle between pieces.
-    "OMPI_MCA_btl_tcp_eager_limit": str(600 * 1000),
+    "OMPI_MCA_btl_tcp_eager_limit": str(2200 * 1000),
 }
 FLAT = ["rabenseifner", "swing", "reduce_broadcast", "double_binary_tree", "direct"]
 """Algorithms that are predicted from two others, ring and recursive_doubling."""

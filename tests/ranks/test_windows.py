@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -179,6 +181,32 @@ def test_long_tensors_pass_through_slots_of_the_usual_size(windows, alike, place
         result = carried_out(windows, spec, REDUCTIONS["sum"], x, placement)
         assert same_bits(result, in_rank_order(every))
         alike(result)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("name", ("window", "one_shot"))
+def test_pieces_take_turns_from_call_to_call(small_slot, sums, windows, name, placement):
+    """Odd and even numbers of pieces, new values each time, ranks that are late at times."""
+    rank, whole = windows.comm.rank, SMALL_SLOT // 4
+    for turn, length in enumerate((1, whole, whole + 1, 3 * whole, 9 * whole + 5, 2 * whole, 0)):
+        spec = spec_of("allreduce", name, length, windows.size)
+        x = placed(windows, length, torch.float32, placement)
+        prepared = windows.prepare(spec, REDUCTIONS["sum"], x, ((0, length), (0, length)))
+        for again in range(4):
+            every = [
+                values(length, r, torch.float32, 4 * turn + again) for r in range(windows.size)
+            ]
+            x.copy_(every[rank])
+            if (turn + again + rank) % 3 == 0:
+                time.sleep(0.001)
+            if again == 0:
+                windows.carry_out(spec, REDUCTIONS["sum"], x, 0, x, 0)
+            elif again == 1:
+                prepared.run()
+            else:
+                prepared.start().wait()
+            assert same_bits(x, in_rank_order(every)), (length, again)
+        prepared.free()
 
 
 @pytest.mark.parametrize("rows", (0, 1, 2, 3))

@@ -1,11 +1,16 @@
 """One-shot allreduce: every rank sums all of everything for itself, after a single wait.
 
-      slot 0  [a0]      rank 0: a0+a1 -> its own result     1 wait: for short vectors.
-      slot 1  [a1]      rank 1: a0+a1 -> its own result     Each rank reads p n and writes n bytes.
+      slot of rank 0  [a0]    rank 0: a0+a1 -> its own result   1 wait: for short vectors.
+      slot of rank 1  [a1]    rank 1: a0+a1 -> its own result   Each reads p n, writes n bytes.
 
 Nobody says when it has read: the input is copied to one of two slots in turns, and a slot is
 written again only after everybody has arrived with the other. Sums are in rank order. The one-shot
 kernel of inference engines (NVIDIA's TensorRT-LLM and vLLM name it so).
+
+What is longer than a slot passes in ``pieces``, with a wait each, and the next is loaded while one
+is summed:
+
+      slots of rank 0  [a0|  ]  sum a, load b  [a0|b0]  sum b, load c  [c0|b0]  sum c
 """
 
 from __future__ import annotations
@@ -13,12 +18,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from fractions import Fraction
 
-from mpmp.programs.steps import Ranks, whole
+from mpmp.programs.steps import Ranks
 from mpmp.programs.windows import (
     ALL,
     RESULT,
     Await,
     Combine,
+    Load,
     Publish,
     WindowAlgorithm,
     WindowCost,
@@ -26,14 +32,24 @@ from mpmp.programs.windows import (
 )
 
 
-def allreduce_one_shot(rank: Ranks, size: int) -> Iterator[WindowStep]:
-    yield Publish()
-    yield Await(ALL)
-    yield Combine(chunk=0, sum_from=ALL, store_to=RESULT)
+def allreduce_one_shot(rank: Ranks, size: int, pieces: int = 1) -> Iterator[WindowStep]:
+    yield Load(0)
+    for piece in range(pieces):
+        yield Publish()
+        yield Await(ALL)
+        yield Combine(piece, sum_from=ALL, store_to=RESULT)
+        if piece + 1 < pieces:
+            yield Load(piece + 1)
 
 
-def cost(size: int) -> WindowCost:
-    return WindowCost(syncs=1, read=Fraction(size), written=Fraction(1))
+def num_chunks(size: int, pieces: int = 1) -> int:
+    return pieces
 
 
-ALLREDUCE_ONE_SHOT = WindowAlgorithm(allreduce_one_shot, whole, cost, slots=2)
+def cost(size: int, pieces: int = 1) -> WindowCost:
+    return WindowCost(syncs=pieces, read=Fraction(size), written=Fraction(1))
+
+
+ALLREDUCE_ONE_SHOT = WindowAlgorithm(
+    allreduce_one_shot, num_chunks, cost, facts=("pieces",), slots=2
+)
