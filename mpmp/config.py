@@ -36,24 +36,52 @@ class Parallel:
     data: int | None = None
     """Replicas of the model; omitted: the world divided by the other axes."""
     pipeline: int = 1
-    """Stages the layers are cut into."""
+    """Ranks the layers are cut over."""
+    context: int = 1
+    """Ranks that share each sequence."""
     tensor: int = 1
     """Ranks that share each layer's heads, hidden units and vocabulary."""
+    expert: int = 1
+    """Replicas, of those of the data axis, that share the experts; divides data."""
+    zero: Literal[0, 1, 2, 3] = 0
+    """What replicas share out: 1 optimiser states, 2 gradients, too, 3 weights, too."""
+    sequence: bool = False
+    """Between cut layers the ranks of a tensor group hold pieces of the sequences."""
+    attention: Literal["ring", "ulysses"] = "ring"
+    """How ranks that share a sequence attend: keys travel, or heads are exchanged."""
     microbatches: int | None = None
     """Pieces of a replica's batch; omitted: twice the stages, or one without a pipeline."""
     schedule: str = "1f1b"
-    """Order of a stage's forward and backward actions: gpipe or 1f1b."""
+    """Order of a rank's forward and backward actions: a name, NAME:fact=value,.., or FILE.csv."""
+    cut: str = "even"
+    """Layers of each stage: even, measured (by their cost), or by hand, as in 3,3,2."""
     bucket_mb: float = 4.0
     """Size at which a bucket of gradients is full and may be reduced, in MB."""
 
     def __post_init__(self) -> None:
         _require_finite("parallel", self)
-        for name in ("data", "pipeline", "tensor", "microbatches"):
+        for name in ("data", "pipeline", "context", "tensor", "expert", "microbatches"):
             value = getattr(self, name)
             _require(
                 value is None or value >= 1, f"parallel.{name} must be at least 1, not {value}"
             )
         _require(self.bucket_mb > 0, f"parallel.bucket_mb must be positive, not {self.bucket_mb}")
+        _require(
+            self.data is None or self.data % self.expert == 0,
+            f"parallel.expert {self.expert} must divide parallel.data {self.data}",
+        )
+        _require(
+            self.cut in ("even", "measured")
+            or re.fullmatch(r"[0-9]+(,[0-9]+)*", self.cut) is not None,
+            "parallel.cut must be even, measured or numbers of layers as in 3,3,2, "
+            f"not {self.cut!r}",
+        )
+
+    @property
+    def axes(self) -> dict[str, Any]:
+        """The axes that make the layout."""
+        names = ("data", "pipeline", "context", "tensor", "expert")
+        return {name: getattr(self, name) for name in names}
 
     def num_microbatches(self, rows: int) -> int:
         """Microbatches of a replica that has at least ``rows`` sequences of each batch."""
@@ -100,31 +128,72 @@ class Comm:
 
 @dataclass(frozen=True)
 class Model:
-    """Shape of the GPT."""
+    """Shape of the model."""
 
+    kind: Literal["gpt", "llama", "bert", "mlp"] = "gpt"
+    """gpt; llama (RoPE, RMSNorm, SwiGLU); bert (masked words); mlp (two layers, of textbooks)."""
     layers: int = 4
     heads: int = 4
+    kv_heads: int | None = None
+    """Heads of keys and values, each used by several query heads; omitted: as many as heads."""
     width: int = 192
     """Features of a token between the blocks; a multiple of the heads."""
+    hidden: int | None = None
+    """Hidden units of a feed-forward; omitted: 4 width (llama: 8/3 width, in multiples of 32)."""
     context: int = 128
     """Tokens a sequence has."""
     dropout: float = 0.0
     """Probability that an activation (an attention weight, too) is dropped in training."""
     tied: bool = True
     """The output layer uses the embedding's weights."""
+    experts: int = 0
+    """Feed-forwards of each block, of which a token takes the top_k best; 0: one for all."""
+    top_k: int = 2
+    """Experts that each token goes to."""
+    capacity: float = 0.0
+    """Most tokens of a sequence that an expert takes, over the even share; 0 drops none."""
+    balance: float = 1e-2
+    """Weight of the auxiliary loss that spreads tokens over the experts."""
     seed: int = 1
     """Key of the initial weights and of the dropout masks."""
 
     def __post_init__(self) -> None:
         _require_finite("model", self)
-        for name in ("layers", "heads", "width", "context"):
+        for name in ("layers", "heads", "width", "context", "kv_heads", "hidden", "top_k"):
             value = getattr(self, name)
-            _require(value >= 1, f"model.{name} must be at least 1, not {value}")
+            _require(value is None or value >= 1, f"model.{name} must be at least 1, not {value}")
+        for name in ("experts", "capacity", "balance"):
+            value = getattr(self, name)
+            _require(value >= 0, f"model.{name} must not be negative, not {value}")
         _require(
             self.width % self.heads == 0,
             f"model.width {self.width} must be a multiple of model.heads {self.heads}",
         )
+        _require(
+            self.heads % self.num_kv_heads == 0,
+            f"model.heads {self.heads} must be a multiple of model.kv_heads {self.kv_heads}",
+        )
+        _require(
+            self.kind != "llama" or self.width // self.heads % 2 == 0,
+            f"llama turns pairs of features: model.width / model.heads must be even, "
+            f"not {self.width // self.heads}",
+        )
+        _require(
+            self.experts == 0 or self.top_k <= self.experts,
+            f"model.top_k {self.top_k} must not exceed model.experts {self.experts}",
+        )
         _require(0 <= self.dropout < 1, f"model.dropout must lie in [0, 1), not {self.dropout}")
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+    @property
+    def num_hidden(self) -> int:
+        """Hidden units of a feed-forward."""
+        if self.hidden is not None:
+            return self.hidden
+        return 4 * self.width if self.kind != "llama" else -(-8 * self.width // 96) * 32
 
 
 @dataclass(frozen=True)
@@ -137,6 +206,14 @@ class Data:
     """A tokenizer file of Hugging Face tokenizers; omitted: bytes and one end-of-text token."""
     seed: int = 1
     """Key of the order in which windows are visited."""
+    shortest: int | None = None
+    """Sequences are cut to lengths drawn from here up to the context; omitted: all are whole."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.shortest is None or self.shortest >= 1,
+            f"data.shortest must be at least 1, not {self.shortest}",
+        )
 
 
 @dataclass(frozen=True)
@@ -180,8 +257,12 @@ class Train:
     """Training time, resumptions counted in; omitted: 3 without steps, else no limit."""
     batch: int = 16
     """Sequences of a step, over all ranks."""
-    dtype: Literal["float32", "float64", "bfloat16"] = "float32"
-    """Arithmetic: bfloat16 keeps weights in float32 and computes products in bfloat16."""
+    dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32"
+    """Arithmetic: 16 bits keep weights and sums in float32 and compute products in 16 bits."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What backward computes again to save memory: nothing, attention, or whole blocks."""
+    compile: bool = False
+    """Blocks go through torch.compile."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where tensors live; auto takes a GPU where there is one."""
     log_every: int = 10
@@ -279,27 +360,45 @@ def differences(
 
 # --- layout strings ---------------------------------------------------------------------------
 
-AXES = ("data", "pipeline", "tensor")
+AXES = ("data", "expert", "pipeline", "context", "tensor")
 """Axes of the mesh, outermost first: neighbouring ranks share a tensor group."""
-_SHORT = {"dp": "data", "pp": "pipeline", "tp": "tensor"}
+_SIZES = {"dp": "data", "pp": "pipeline", "cp": "context", "tp": "tensor", "ep": "expert"}
+_EXAMPLE = "write dp2.pp2.cp2.tp2.ep2.zero1.sp, each at most once"
 
 
-def parse_layout(text: str) -> dict[str, int]:
-    """``"dp2.tp2"`` as ``{"data": 2, "pipeline": 1, "tensor": 2}``; a missing dp is left out."""
-    sizes = {"pipeline": 1, "tensor": 1}
+def parse_layout(text: str) -> dict[str, Any]:
+    """``"dp2.tp2.sp"`` as settings of the parallel section; a missing dp is left out."""
+    found: dict[str, Any] = {"pipeline": 1, "context": 1, "tensor": 1, "expert": 1}
+    found |= {"zero": 0, "sequence": False}
     seen: set[str] = set()
     for part in text.split("."):
-        match = re.fullmatch(r"(dp|pp|tp)([1-9][0-9]*)", part)
-        if match is None or match[1] in seen:
-            raise ConfigError(
-                f"layout {text!r} is not understood at {part!r}; "
-                "write dp2.pp2.tp2, each at most once"
-            )
-        seen.add(match[1])
-        sizes[_SHORT[match[1]]] = int(match[2])
-    return sizes
+        match = re.fullmatch(r"(dp|pp|cp|tp|ep)([1-9][0-9]*)|(zero)([0-3])|(sp)", part)
+        word = match and (match[1] or match[3] or match[5])
+        if match is None or word in seen:
+            raise ConfigError(f"layout {text!r} is not understood at {part!r}; {_EXAMPLE}")
+        seen.add(str(word))
+        if match[1]:
+            found[_SIZES[match[1]]] = int(match[2])
+        elif match[3]:
+            found["zero"] = int(match[4])
+        else:
+            found["sequence"] = True
+    return found
 
 
-def layout_name(data: int, pipeline: int, tensor: int) -> str:
-    """``dp2.pp1.tp2``"""
-    return f"dp{data}.pp{pipeline}.tp{tensor}"
+def layout_name(
+    data: int,
+    pipeline: int = 1,
+    context: int = 1,
+    tensor: int = 1,
+    expert: int = 1,
+    zero: int = 0,
+    sequence: bool = False,
+) -> str:
+    """``dp2.pp1.tp2``; context, expert, zero and sp are named where they are used."""
+    words = [f"dp{data}", f"pp{pipeline}"]
+    words += [f"cp{context}"] if context > 1 else []
+    words += [f"tp{tensor}"]
+    words += [f"ep{expert}"] if expert > 1 else []
+    words += [f"zero{zero}"] if zero else []
+    return ".".join(words + (["sp"] if sequence else []))

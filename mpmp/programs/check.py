@@ -27,9 +27,9 @@ from mpmp.programs.contributions import (
     fingerprints,
 )
 from mpmp.programs.exchange import Exchange
-from mpmp.programs.follow import follow_collective, follow_schedule, peak_live
+from mpmp.programs.follow import follow_collective
 from mpmp.programs.promises import EVERYBODY, NOTHING, PROMISES, Promise
-from mpmp.programs.steps import Action, Algorithm, Cost, Schedule
+from mpmp.programs.steps import Algorithm, Cost
 from mpmp.programs.tables import look_up
 from mpmp.programs.windows import WindowAlgorithm
 
@@ -49,15 +49,6 @@ class CollectiveReport:
     reduced: Fraction
     received: Fraction
     chain: Fraction
-
-
-@dataclass(frozen=True, slots=True)
-class ScheduleReport:
-    """What was proved of a schedule; ``peak_live`` counts microbatches, one number a stage."""
-
-    stages: int
-    microbatches: int
-    peak_live: tuple[int, ...]
 
 
 def check(
@@ -164,14 +155,3 @@ def _check_cost(
     return CollectiveReport(
         size, len(rounds), num_messages, **found, chain=Fraction(chain, chunks_of_n)
     )
-
-
-# --- schedules ----------------------------------------------------------------------------------
-
-
-def check_schedule(schedule: Schedule, stages: int, microbatches: int) -> ScheduleReport:
-    """Prove that every stage does every F and B once and that no stage waits for ever."""
-    actions: list[list[Action]] = [[] for _ in range(stages)]
-    for stage, action in follow_schedule(schedule, stages, microbatches):
-        actions[stage].append(action)
-    return ScheduleReport(stages, microbatches, tuple(map(peak_live, actions)))

@@ -1,6 +1,7 @@
 """Draw: a program as the picture that stands in its paper, as text and as PNG.
 
-Schedules, a line a stage and a column a unit of time:
+Schedules, a line a rank and a column a unit of time. F0.1 is microbatch 0 on the rank's chunk 1,
+F3&B1 a forward and a backward computed as one:
 
     F0 F1    B0    B1
        F0 B0 F1 B1
@@ -16,70 +17,109 @@ from typing import Any
 
 from mpmp.programs.exchange import Message
 from mpmp.programs.follow import follow_collective
-from mpmp.programs.simulate import Timeline
-from mpmp.programs.steps import FORWARD, Algorithm, Receive, Reduce
+from mpmp.programs.steps import BACKWARD, FORWARD, WEIGHT, Algorithm, Receive, Reduce
+from mpmp.programs.timeline import Span, Timeline
 
-# Two calm colours, told apart by the colour-blind too, with their text.
-FORWARD_COLOUR, BACKWARD_COLOUR, INK = "#a8c8e8", "#f3c999", "#22303c"
+# Calm colours, told apart by the colour-blind too, with their text.
+COLOURS = {FORWARD: "#a8c8e8", BACKWARD: "#f3c999", WEIGHT: "#b5d9b0"}
+INK, IDLE_COLOUR = "#22303c", "#f1f3f5"
 SUM_COLOUR, COPY_COLOUR = "#2f6ea5", "#c77a1e"
 
 
 def draw(timeline: Timeline) -> str:
-    """The timeline as text; an action longer than the shortest one goes on as dashes."""
-    unit = min((span.end - span.start for span in timeline.spans), default=1.0)
-    width = 1 + max((len(repr(span.action)) for span in timeline.spans), default=0)
-    lines = []
-    for stage in range(timeline.stages):
-        line = ""
-        for span in timeline.of(stage):
-            # Halves go up, so that no two actions fall on one column.
-            first, end = int(span.start / unit + 0.5), int(span.end / unit + 0.5)
-            line = line.ljust(first * width) + repr(span.action)
-            line = line.ljust((first + 1) * width) + ("-" * (width - 1) + " ") * (end - first - 1)
-        lines.append(line.rstrip())
-    return "\n".join(lines)
+    """The timeline as text; an action longer than its name goes on as dashes."""
+    unit = _shortest(timeline)
+    cells = [(span, *_columns(span, unit)) for span in timeline.spans if span.end > span.start]
+    # The narrowest column in which every name fits into the columns of its action.
+    width = max((-(-(len(repr(one.action)) + 1) // (e - s)) for one, s, e in cells), default=1)
+    lines = [""] * timeline.ranks
+    for span, first, end in cells:
+        name = repr(span.action)
+        filled = -(-(len(name) + 1) // width)
+        line = lines[span.rank].ljust(first * width) + name
+        line = line.ljust((first + filled) * width)
+        lines[span.rank] = line + ("-" * (width - 1) + " ") * (end - first - filled)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _columns(span: Span, unit: float) -> tuple[int, int]:
+    """First column of an action and the one behind it: halves go up, so that no two fall on one."""
+    first = int(span.start / unit + 0.5)
+    return first, max(int(span.end / unit + 0.5), first + 1)
+
+
+def _shortest(timeline: Timeline) -> float:
+    """Seconds of the shortest action; those that take no time are not drawn."""
+    lengths = (span.end - span.start for span in timeline.spans)
+    return min((length for length in lengths if length > 0), default=1.0)
 
 
 def draw_png(timeline: Timeline, path: str | Path) -> None:
-    """The timeline as a picture: a row a stage, a box an action with its microbatch's number."""
+    """The timeline as a picture: a row a rank, a box an action with its microbatch's number.
+
+    Chunks of a rank are told apart by the depth of the colour; of two actions computed as one the
+    forward is above.
+    """
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch, Rectangle
 
-    shortest = min((span.end - span.start for span in timeline.spans), default=1.0)
-    columns = timeline.makespan / shortest
+    columns = timeline.makespan / _shortest(timeline)
     inches = min(max(0.42 * columns + 1.2, 6.0), 40.0)
-    figure = Figure(figsize=(inches, 0.52 * timeline.stages + 1.5), layout="constrained")
+    figure = Figure(figsize=(inches, 0.52 * timeline.ranks + 1.5), layout="constrained")
     axes = figure.subplots()
-    for stage in range(timeline.stages):
-        axes.add_patch(Rectangle((0, stage - 0.42), timeline.makespan, 0.84, color="#f1f3f5"))
+    for rank in range(timeline.ranks):
+        axes.add_patch(Rectangle((0, rank - 0.42), timeline.makespan, 0.84, color=IDLE_COLOUR))
     for span in timeline.spans:
-        colour = FORWARD_COLOUR if span.action.kind == FORWARD else BACKWARD_COLOUR
-        length = span.end - span.start
-        corner = (span.start, span.stage - 0.42)
-        axes.add_patch(Rectangle(corner, length, 0.84, facecolor=colour, edgecolor="white"))
-        middle, number = (span.start + length / 2, span.stage), str(span.action.microbatch)
+        length, parts = span.end - span.start, span.action.parts
+        if not length:
+            continue
+        height = 0.84 / len(parts)
         # A long timeline has narrow boxes: two digits take about two thirds of a box.
-        points = min(10.0, 0.5 * 72 * inches * length / timeline.makespan)
-        axes.text(*middle, number, ha="center", va="center", color=INK, fontsize=points)
+        points = min(10.0 if len(parts) == 1 else 8.0, 36 * inches * length / timeline.makespan)
+        for place, part in enumerate(parts):
+            top = span.rank - 0.42 + place * height
+            colour = _shade(COLOURS[part.kind], part.chunk, timeline.schedule.chunks)
+            box = Rectangle((span.start, top), length, height, facecolor=colour, edgecolor="white")
+            axes.add_patch(box)
+            middle = (span.start + length / 2, top + height / 2)
+            number = str(part.microbatch)
+            axes.text(*middle, number, ha="center", va="center", color=INK, fontsize=points)
     axes.set_xlim(0, timeline.makespan)
-    axes.set_ylim(timeline.stages - 0.5, -0.5)
-    axes.set_yticks(range(timeline.stages), [f"stage {s}" for s in range(timeline.stages)])
+    axes.set_ylim(timeline.ranks - 0.5, -0.5)
+    axes.set_yticks(range(timeline.ranks), [f"rank {rank}" for rank in range(timeline.ranks)])
     axes.set_xlabel("time", color=INK)
     axes.tick_params(length=0, colors=INK)
     axes.spines[:].set_visible(False)
     axes.set_title(
-        f"{timeline.name}, {timeline.stages} stages, {timeline.microbatches} microbatches: "
-        f"bubble {100 * timeline.bubble:.1f} %",
+        f"{timeline.schedule.name}, {timeline.ranks} ranks, {timeline.microbatches} microbatches: "
+        f"bubble {100 * timeline.bubble_rate:.1f} %",
         loc="left",
         color=INK,
     )
-    kinds = [
-        Patch(color=FORWARD_COLOUR, label="forward"),
-        Patch(color=BACKWARD_COLOUR, label="backward"),
-        Patch(color="#f1f3f5", label="idle"),
-    ]
-    figure.legend(handles=kinds, loc="outside lower right", ncols=3, frameon=False)
+    legend = [Patch(color=colour, label=label) for colour, label in _legend(timeline)]
+    figure.legend(handles=legend, loc="outside lower right", ncols=len(legend), frameon=False)
     figure.savefig(path, dpi=150)
+
+
+def _shade(colour: str, chunk: int, chunks: int) -> str:
+    """The colour of a chunk: chunk 0 as it is, later ones darker."""
+    dark = 0.25 * chunk / max(chunks - 1, 1)
+    channels = (int(colour[place : place + 2], 16) for place in (1, 3, 5))
+    return "#" + "".join(f"{round(channel * (1 - dark)):02x}" for channel in channels)
+
+
+def _legend(timeline: Timeline) -> list[tuple[str, str]]:
+    """Colours and what they mean; every chunk's own where a rank holds several."""
+    schedule = timeline.schedule
+    kinds = [(FORWARD, "forward"), (BACKWARD, "backward")]
+    if schedule.splits:
+        kinds = [(FORWARD, "forward"), (BACKWARD, "input gradient"), (WEIGHT, "weight gradient")]
+    found = []
+    for kind, label in kinds:
+        for chunk in range(schedule.chunks):
+            which = f", chunk {chunk}" if schedule.chunks > 1 else ""
+            found.append((_shade(COLOURS[kind], chunk, schedule.chunks), label + which))
+    return [*found, (IDLE_COLOUR, "idle")]
 
 
 def draw_collective(algorithm: Algorithm, size: int, **facts: Any) -> str:

@@ -1,4 +1,4 @@
-"""All ranks of a program at once: which send meets which receive, which action waits for which."""
+"""All ranks of a collective at once: which send meets which receive."""
 
 from __future__ import annotations
 
@@ -9,19 +9,8 @@ import numpy as np
 
 from mpmp.errors import ProgramError
 from mpmp.programs.exchange import Exchange, Vector, spread
-from mpmp.programs.meeting import circle, fault, live, peer_of
-from mpmp.programs.steps import (
-    BACKWARD,
-    FORWARD,
-    NONE,
-    Action,
-    Algorithm,
-    Reduce,
-    Round,
-    Schedule,
-    Send,
-    Step,
-)
+from mpmp.programs.meeting import fault, live, peer_of
+from mpmp.programs.steps import NONE, Algorithm, Reduce, Round, Send, Step
 
 ONE_BY_ONE = 64
 """Up to this size every rank's program is run by itself; larger groups give it a vector of ranks,
@@ -128,76 +117,3 @@ def _overlaps(exchange: Exchange, num_chunks: int) -> bool:
     twice = cell[1:] == cell[:-1]
     fits = combines[1:] & combines[:-1] & (sender[1:] != sender[:-1])
     return bool((twice & ~fits).any())
-
-
-# --- schedules ----------------------------------------------------------------------------------
-
-
-def need(stage: int, stages: int, action: Action) -> tuple[int, Action] | None:
-    """The stage and action that must be done before ``action``, if it is on another stage."""
-    before = stage - 1 if action.kind == FORWARD else stage + 1
-    return (before, action) if 0 <= before < stages else None
-
-
-def follow_schedule(
-    schedule: Schedule, stages: int, microbatches: int
-) -> Iterator[tuple[int, Action]]:
-    """(stage, action) of all stages, each after what it needs; a ProgramError where none can."""
-    todo = [list(schedule(stage, stages, microbatches)) for stage in range(stages)]
-    for stage, actions in enumerate(todo):
-        _complete(stage, actions, microbatches)
-    done: set[tuple[int, Action]] = set()
-    position = [0] * stages
-    while True:
-        waits_for: dict[int, int] = {}
-        before = len(done)
-        for stage, actions in enumerate(todo):
-            for action in actions[position[stage] :]:
-                needed = need(stage, stages, action)
-                if needed is not None and needed not in done:
-                    waits_for[stage] = needed[0]
-                    break
-                done.add((stage, action))
-                position[stage] += 1
-                yield stage, action
-        if not waits_for:
-            return
-        if len(done) == before:
-            stage = min(waits_for)
-            raise ProgramError(
-                f"stage {stage}, action {position[stage]}: {todo[stage][position[stage]]} waits "
-                f"for ever for stage {waits_for[stage]}" + circle(stage, waits_for, "stages")
-            )
-
-
-def _complete(stage: int, actions: Iterable[Action], microbatches: int) -> None:
-    """Refuse actions that are not F and B of every microbatch once, B after its F."""
-    seen: set[Action] = set()
-    expected = {
-        Action(kind, microbatch)
-        for kind in (FORWARD, BACKWARD)
-        for microbatch in range(microbatches)
-    }
-    for position, action in enumerate(actions):
-        where = f"stage {stage}, action {position}: {action}"
-        if action not in expected:
-            raise ProgramError(f"{where} is no F or B of the {microbatches} microbatches")
-        if action in seen:
-            raise ProgramError(f"{where} is done a second time")
-        if action.kind == BACKWARD and Action(FORWARD, action.microbatch) not in seen:
-            raise ProgramError(f"{where} comes before its forward")
-        seen.add(action)
-    if expected - seen:
-        missing = ", ".join(sorted(map(repr, expected - seen)))
-        raise ProgramError(
-            f"stage {stage}, action {len(seen)}: the schedule ends without {missing}"
-        )
-
-
-def peak_live(actions: Iterable[Action]) -> int:
-    """The most microbatches whose forward is done and whose backward is not, on one stage."""
-    peak = alive = 0
-    for action in actions:
-        alive += 1 if action.kind == FORWARD else -1
-        peak = max(peak, alive)
-    return peak

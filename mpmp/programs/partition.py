@@ -1,8 +1,9 @@
-"""Contiguous cuts of a range: how a length that does not divide is shared out."""
+"""Contiguous cuts: how a length that does not divide, or a row of costs, is shared out."""
 
 from __future__ import annotations
 
-from itertools import pairwise
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from math import prod
 
 
@@ -17,6 +18,34 @@ def partition(length: int, parts: int) -> list[tuple[int, int]]:
     size, longer = divmod(length, parts)
     starts = [part * size + min(part, longer) for part in range(parts + 1)]
     return list(pairwise(starts))
+
+
+def balanced(costs: Sequence[float], parts: int) -> list[tuple[int, int]]:
+    """Cut a row of costs into ``parts`` contiguous pieces whose dearest is as cheap as can be.
+
+    No piece is empty as long as there are ``parts`` costs. Of equal cuts it is the one whose later
+    pieces are the longer ones. The dynamic programme over f[j][i], the dearest of j pieces of the
+    first i costs: f[j][i] = min over q of max(f[j-1][q], cost of q to i).
+    """
+    length = len(costs)
+    if parts < 1 or any(cost < 0 for cost in costs):
+        raise ValueError(f"cannot cut the costs {list(costs)} into {parts} parts")
+    if length < parts:
+        return partition(length, parts)
+    upto = [0.0, *accumulate(costs)]
+    # With one piece everything is in it; cuts[j][i] is where the last of j + 1 pieces begins.
+    dearest = upto
+    cuts = [[0] * (length + 1)]
+    for part in range(1, parts):
+        last: list[tuple[float, int]] = [(0.0, 0)] * (part + 1)
+        for stop in range(part + 1, length + 1):
+            last.append(min((max(dearest[q], upto[stop] - upto[q]), q) for q in range(part, stop)))
+        dearest = [cost for cost, _ in last]
+        cuts.append([start for _, start in last])
+    stops = [length]
+    for starts in reversed(cuts):
+        stops.append(starts[stops[-1]])
+    return list(pairwise(reversed(stops)))
 
 
 def factorisations(number: int, factors: int) -> list[tuple[int, ...]]:

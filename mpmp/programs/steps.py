@@ -30,7 +30,7 @@ giving them a NumPy vector of ranks follows the whole group at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, cast
@@ -147,19 +147,89 @@ def one_per_rank(size: int, **facts: Any) -> int:
 
 # --- schedules --------------------------------------------------------------------------------
 
-FORWARD, BACKWARD = "F", "B"
+FORWARD, BACKWARD, WEIGHT = "F", "B", "W"
 
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """One piece of a pipeline schedule: ``kind`` (F or B) of ``microbatch``."""
+    """One piece of a pipeline schedule: ``kind`` of ``microbatch`` on this rank's ``chunk``.
+
+    F is the forward. Where the schedule splits the backward, B is the gradient of the input and W
+    that of the weights; where it does not, B is both.
+    """
 
     kind: str
     microbatch: int
+    chunk: int = 0
 
     def __repr__(self) -> str:
-        return f"{self.kind}{self.microbatch}"
+        return f"{self.kind}{self.microbatch}" + (f".{self.chunk}" if self.chunk else "")
+
+    @property
+    def parts(self) -> tuple[Action, ...]:
+        return (self,)
 
 
-Schedule = Callable[[int, int, int], Iterator[Action]]
-"""``schedule(stage, stages, microbatches)`` yields the actions of one stage in their order."""
+@dataclass(frozen=True, slots=True)
+class Fused:
+    """The forward of one microbatch and the backward of another, computed as one.
+
+    Each may cover the other's communication inside a layer. What both need must have arrived when
+    it begins, and both are done when it ends.
+    """
+
+    forward: Action
+    backward: Action
+
+    def __repr__(self) -> str:
+        return f"{self.forward}&{self.backward}"
+
+    @property
+    def parts(self) -> tuple[Action, ...]:
+        return self.forward, self.backward
+
+
+Actions = list[Action | Fused]
+
+
+def anything(ranks: int, microbatches: int) -> None:
+    """The demand of a schedule that works for all numbers of ranks and microbatches."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The actions of every rank of a pipeline, with what must be known to run and to judge them.
+
+    ``program(rank, ranks, microbatches)`` yields the actions of one rank in their order. A rank
+    holds ``chunks`` stages. They lie in a loop (rank 0 to p-1, then again from rank 0), or, with
+    ``folded``, there and back, so that two chunks make a V. ``splits`` says that W is an action of
+    its own. ``demand(ranks, microbatches)`` raises a ConfigError where there is no such schedule.
+
+    The closed forms, where one was published: ``bubble(ranks, microbatches, forward, backward,
+    weight)`` is the idle time of a rank, transfers free; ``source`` is the paper.
+    """
+
+    name: str
+    program: Callable[[int, int, int], Iterable[Action | Fused]]
+    source: str = ""
+    chunks: int = 1
+    folded: bool = False
+    splits: bool = False
+    demand: Callable[[int, int], None] = anything
+    bubble: Callable[[int, int, float, float, float], float] | None = None
+
+    def actions(self, rank: int, ranks: int, microbatches: int) -> Actions:
+        """What one rank does, in its order."""
+        self.demand(ranks, microbatches)
+        return list(self.program(rank, ranks, microbatches))
+
+    def stage_of(self, rank: int, chunk: int, ranks: int) -> int:
+        """The stage that a chunk of a rank is."""
+        back = self.folded and chunk % 2
+        return chunk * ranks + (ranks - 1 - rank if back else rank)
+
+    def place_of(self, stage: int, ranks: int) -> tuple[int, int]:
+        """The rank and the chunk that hold a stage."""
+        chunk, along = divmod(stage, ranks)
+        back = self.folded and chunk % 2
+        return (ranks - 1 - along if back else along), chunk

@@ -24,6 +24,9 @@ NUMBERS = [
 ANY_SIGN = {("model", "seed"), ("data", "seed")}
 ZERO_MEANS_SOMETHING = ANY_SIGN | {
     ("model", "dropout"),
+    ("model", "experts"),
+    ("model", "capacity"),
+    ("model", "balance"),
     ("optimizer", "final_fraction"),
     ("optimizer", "warmup_steps"),
     ("optimizer", "weight_decay"),
@@ -108,20 +111,33 @@ def test_microbatches_are_at_most_the_rows() -> None:
 
 
 def test_layouts() -> None:
-    assert parse_layout("dp2.pp3.tp4") == {"data": 2, "pipeline": 3, "tensor": 4}
-    assert parse_layout("tp2") == {"pipeline": 1, "tensor": 2}
-    assert parse_layout("tp2.dp1") == {"data": 1, "pipeline": 1, "tensor": 2}
+    rest = {"pipeline": 1, "context": 1, "tensor": 1, "expert": 1, "zero": 0, "sequence": False}
+    assert parse_layout("dp2.pp3.tp4") == rest | {"data": 2, "pipeline": 3, "tensor": 4}
+    assert parse_layout("tp2") == rest | {"tensor": 2}
+    assert parse_layout("tp2.dp1") == rest | {"data": 1, "tensor": 2}
+    whole = {"data": 4, "pipeline": 2, "context": 3, "tensor": 2, "expert": 2}
+    whole |= {"zero": 1, "sequence": True}
+    assert parse_layout("dp4.pp2.cp3.tp2.ep2.zero1.sp") == whole
+    assert layout_name(2) == "dp2.pp1.tp1"
 
 
-@given(*[st.integers(1, 10**6)] * 3)
-def test_a_layout_is_read_as_it_was_written(data: int, pipeline: int, tensor: int) -> None:
-    sizes = {"data": data, "pipeline": pipeline, "tensor": tensor}
-    assert parse_layout(layout_name(**sizes)) == sizes
+@given(*[st.integers(1, 10**6)] * 5, st.integers(0, 3), st.booleans())
+def test_a_layout_is_read_as_it_was_written(
+    data: int, pipeline: int, context: int, tensor: int, expert: int, zero: int, sequence: bool
+) -> None:
+    axes = {"data": data, "pipeline": pipeline, "context": context}
+    axes |= {"tensor": tensor, "expert": expert}
+    assert parse_layout(layout_name(**axes, zero=zero, sequence=sequence)) == {
+        **axes,
+        "zero": zero,
+        "sequence": sequence,
+    }
 
 
 @pytest.mark.parametrize(
     "text",
     ["", "all", "dp", "dp0", "tp-1", "dp2,tp2", "dp2tp2", "dp2..tp2", "dp2.", "dp2.dp2", "xp2"]
+    + ["zero", "zero4", "zero1.zero2", "sp2", "sp.sp", "cp", "ep0"]
     + ["DP2", "dp2.5", "dp02", "tp２", "dp2 ", "dp2\n"],
 )
 def test_a_layout_that_is_not_understood(text: str) -> None:
@@ -149,6 +165,7 @@ def test_the_hash_tells_every_setting_apart() -> None:
                 change = value / 2 if isinstance(value, float) else value + 1
             else:
                 change = "other" if "str" in str(type(own).__dataclass_fields__[name].type) else 7
+            change = {"cut": "measured", "kv_heads": 2, "experts": 4, "top_k": 1}.get(name, change)
             if (section, name) == ("checkpoint", "resume"):
                 continue  # needs a folder
             if value == 0.0 and isinstance(value, float):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -11,8 +12,8 @@ import pytest
 from mpmp.programs.collectives import find
 from mpmp.programs.draw import draw_collective, draw_collective_png, draw_png
 from mpmp.programs.schedules import SCHEDULES
-from mpmp.programs.simulate import Times, simulate_schedule
 from mpmp.programs.steps import Algorithm, Cost, Receive, Reduce, Round, Schedule, Send
+from mpmp.programs.timeline import Times, simulate_schedule
 from pure.oracle import ALGORITHMS
 
 
@@ -88,7 +89,7 @@ def assert_is_picture(path: Path) -> None:
 
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 def test_picture_of_a_schedule(schedule: Schedule, tmp_path: Path) -> None:
-    draw_png(simulate_schedule(schedule, 4, 8, Times(1, 2)), tmp_path / "schedule.png")
+    draw_png(simulate_schedule(schedule, 4, 8, Times(1, 1, 1)), tmp_path / "schedule.png")
     assert_is_picture(tmp_path / "schedule.png")
 
 
@@ -96,3 +97,11 @@ def test_picture_of_a_schedule(schedule: Schedule, tmp_path: Path) -> None:
 def test_picture_of_a_collective(collective: str, name: str, tmp_path: Path) -> None:
     draw_collective_png(find(collective, name), 5, tmp_path / "collective.png")
     assert_is_picture(tmp_path / "collective.png")
+
+
+def test_the_pictures_in_the_docs_are_those_of_the_schedules() -> None:
+    docs = Path(__file__).parents[2] / "docs"
+    drawn = runpy.run_path(str(docs / "pictures.py"))["with_pictures"]
+    page = (docs / "schedules.md").read_text()
+    assert page.count("<!-- picture:") == 6
+    assert drawn(page) == page

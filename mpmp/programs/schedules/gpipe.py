@@ -13,11 +13,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mpmp.programs.steps import BACKWARD, FORWARD, Action
+from mpmp.programs.steps import BACKWARD, FORWARD, Action, Schedule
 
 
-def gpipe(stage: int, stages: int, microbatches: int) -> Iterator[Action]:
+def program(rank: int, ranks: int, microbatches: int) -> Iterator[Action]:
     for microbatch in range(microbatches):
         yield Action(FORWARD, microbatch)
     for microbatch in range(microbatches):
         yield Action(BACKWARD, microbatch)
+
+
+def bubble(ranks: int, microbatches: int, forward: float, backward: float, weight: float) -> float:
+    """Seconds that a rank is idle."""
+    return (ranks - 1) * (forward + backward + weight)
+
+
+GPIPE = Schedule("gpipe", program, "Huang et al. 2019", bubble=bubble)

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mpmp.programs.steps import BACKWARD, FORWARD, Action
+from mpmp.programs.schedules.gpipe import bubble
+from mpmp.programs.steps import BACKWARD, FORWARD, Action, Schedule
 
 
-def one_f_one_b(stage: int, stages: int, microbatches: int) -> Iterator[Action]:
-    # Enough forwards to reach the last stage while the first backward comes back.
-    warmup = min(stages - stage - 1, microbatches)
+def program(rank: int, ranks: int, microbatches: int) -> Iterator[Action]:
+    # Enough forwards to reach the last rank while the first backward comes back.
+    warmup = min(ranks - rank - 1, microbatches)
     for microbatch in range(warmup):
         yield Action(FORWARD, microbatch)
     for microbatch in range(warmup, microbatches):
@@ -24,3 +25,6 @@ def one_f_one_b(stage: int, stages: int, microbatches: int) -> Iterator[Action]:
         yield Action(BACKWARD, microbatch - warmup)
     for microbatch in range(microbatches - warmup, microbatches):
         yield Action(BACKWARD, microbatch)
+
+
+ONE_F_ONE_B = Schedule("1f1b", program, "Narayanan et al. 2021, PipeDream-Flush", bubble=bubble)
