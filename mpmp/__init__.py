@@ -30,12 +30,22 @@ def world() -> World:
     return start()
 
 
-def mesh(*, data: int | None = None, pipeline: int = 1, tensor: int = 1) -> Mesh:
+def mesh(
+    *,
+    data: int | None = None,
+    pipeline: int = 1,
+    context: int = 1,
+    tensor: int = 1,
+    expert: int = 1,
+) -> Mesh:
     """Arrange the ranks of the world on the named axes; an omitted data axis takes what is left.
 
-    Returns a mesh with the groups ``mesh.data``, ``mesh.pipeline`` and ``mesh.tensor``.
+    ``expert`` divides the data axis. Returns a mesh with a group of each axis: ``mesh.data``,
+    ``mesh.expert``, ``mesh.pipeline``, ``mesh.context`` and ``mesh.tensor``.
     Raises LayoutError (on every rank alike) where the product is not the number of ranks.
     """
     from mpmp.comm.mesh import Mesh
 
-    return Mesh.over(world(), data=data, pipeline=pipeline, tensor=tensor)
+    return Mesh.over(
+        world(), data=data, pipeline=pipeline, context=context, tensor=tensor, expert=expert
+    )

@@ -114,7 +114,7 @@ def read_recipe(path: str, default: Config) -> Config:
 def _typed(path: str, name: str, value: Any, annotation: str) -> Any:
     """The value if its type is that of the field; integers pass for floats."""
     if match := re.match(r"Literal\[(.*)\]", annotation):
-        if value in re.findall(r"'(.*?)'", match[1]):
+        if repr(value) in match[1].replace('"', "'").split(", "):
             return value
         raise ConfigError(f"recipe {path}: {name} must be one of {match[1]}, not {value!r}")
     kinds = {"int": int, "float": (int, float), "str": str, "bool": bool}

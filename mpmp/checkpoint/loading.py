@@ -14,6 +14,7 @@ from mpmp.checkpoint import manifest, tensorfile
 from mpmp.checkpoint.blocks import BlockReader, open_plain
 from mpmp.checkpoint.manifest import Manifest, NewerFormatError
 from mpmp.comm.agreement import on_first, reason, together
+from mpmp.config import parse_layout
 from mpmp.errors import CheckpointError, LayoutError
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def _survey(folder: Path) -> tuple[list[str], list[str]]:
 
 def _read_shard(path: Path, whole: Manifest, tensors: dict[str, Tensor], mesh: Mesh) -> str | None:
     """Fill ``tensors`` from this rank's shard; what is wrong with it, or None."""
-    shard = manifest.shard_name(mesh.index["pipeline"], mesh.index["tensor"])
+    shard = manifest.shard_name(mesh.index, parse_layout(mesh.layout))
     expected = whole.shards[shard]
     try:
         # The folder by descriptor: not even a link put in its place meanwhile is followed.

@@ -14,12 +14,14 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import product
+from math import prod
 from typing import Any
 
 from mpmp import __version__
 from mpmp.checkpoint.blocks import Fingerprint
 from mpmp.checkpoint.tensorfile import parse_object
-from mpmp.config import parse_layout
+from mpmp.config import AXES, parse_layout
 from mpmp.errors import CheckpointError, ConfigError
 
 FORMAT = 1
@@ -83,15 +85,30 @@ def parse(text: str) -> Manifest:
     return Manifest(step, serial, layout, fingerprints, meta)
 
 
-def shard_name(pipeline: int, tensor: int) -> str:
-    return f"shard_pp{pipeline:03}_tp{tensor:03}.safetensors"
+_SHORT = {"data": "dp", "expert": "ep", "pipeline": "pp", "context": "cp", "tensor": "tp"}
 
 
-def shard_names(sizes: Mapping[str, int]) -> list[str]:
-    """Files of a layout: one for each place on the pipeline and tensor axes."""
-    if sizes["pipeline"] * sizes["tensor"] > 1 << 20:  # a forged layout must not fill the memory
-        raise ValueError(f"{sizes} is no layout")
-    return [shard_name(p, t) for p in range(sizes["pipeline"]) for t in range(sizes["tensor"])]
+def written_axes(layout: Mapping[str, Any]) -> tuple[str, ...]:
+    """Axes of the mesh along which ranks hold different states; of the others the first writes."""
+    axes = ("data", "expert", "context") if layout["zero"] else ("expert",)
+    different = {axis for axis in axes if layout[axis] > 1} | {"pipeline", "tensor"}
+    return tuple(axis for axis in AXES if axis in different)
+
+
+def shard_name(index: Mapping[str, int], layout: Mapping[str, Any]) -> str:
+    """File of the rank at ``index`` on the mesh."""
+    places = (f"{_SHORT[axis]}{index[axis]:03}" for axis in written_axes(layout))
+    return f"shard_{'_'.join(places)}.safetensors"
+
+
+def shard_names(layout: Mapping[str, Any]) -> list[str]:
+    """Files of a layout: one for each place on the axes that are written."""
+    sizes = {**layout, "data": layout["data"] // layout["expert"]}
+    axes = written_axes(layout)
+    if prod(sizes[axis] for axis in axes) > 1 << 20:  # a forged layout must not fill the memory
+        raise ValueError(f"{layout} is no layout")
+    places = product(*(range(sizes[axis]) for axis in axes))
+    return [shard_name(dict(zip(axes, place, strict=True)), layout) for place in places]
 
 
 def describe(one: Fingerprint) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from mpmp.checkpoint import manifest, tensorfile
 from mpmp.checkpoint.blocks import BlockWriter
 from mpmp.checkpoint.manifest import Manifest
 from mpmp.comm.agreement import AGREED, on_first, together
+from mpmp.config import parse_layout
 from mpmp.errors import CheckpointError, InputOutputError
 
 if TYPE_CHECKING:
@@ -47,8 +48,10 @@ def save(
     name, serial = on_first(f"prepare {folder} for a save", lambda: _prepare(folder, step), mesh)
     path: Path = folder / name
     unfinished = folder / f"{name}.tmp"
-    writes = mesh.index["data"] == 0
-    shard = manifest.shard_name(mesh.index["pipeline"], mesh.index["tensor"])
+    layout = parse_layout(mesh.layout)
+    different = manifest.written_axes(layout)
+    writes = all(place == 0 for axis, place in mesh.index.items() if axis not in different)
+    shard = manifest.shard_name(mesh.index, layout)
     metadata = {"step": str(step), "layout": mesh.layout}
     try:
         _require_room(

@@ -6,6 +6,9 @@ With ``Mesh.over(world, pipeline=2, tensor=2)`` on eight ranks the data axis tak
     pipeline  0 1 | 4 5                  mesh.tensor:    {0 1} {2 3} {4 5} {6 7}
         |     2 3 | 6 7                  mesh.pipeline:  {0 2} {1 3} {4 6} {5 7}
         v    data=0 data=1               mesh.data:      {0 4} {1 5} {2 6} {3 7}
+
+The whole order is data, expert, pipeline, context, tensor. The expert axis divides the data axis:
+replicas that share the experts lie side by side, and ``mesh.data`` spans both.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
 from mpmp.comm.bridge import Bridge
 from mpmp.comm.executor import Executor
@@ -27,45 +31,64 @@ from mpmp.errors import ConfigError, LaunchError, LayoutError
 from mpmp.programs import collectives, tuning
 from mpmp.programs.partition import factorisations
 
+SUMS: tuple[tuple[str, ...], ...] = (
+    ("data", "expert", "context"),
+    ("data", "expert", "context", "tensor"),
+    ("data", "context"),
+    ("data", "context", "tensor"),
+    ("data", "expert"),
+)
+"""Axes over which gradients may be partial sums: of weights, of those that the ranks of a tensor
+group use apart, the same of experts, and of weights that the context axis cuts."""
+
 
 @dataclass(frozen=True)
 class Mesh:
     """Groups of ranks by axis; ``index`` is this rank's place on each axis.
 
-    ``model`` holds the ranks of one replica of the model, ``everyone`` the whole world, and
-    ``ends`` (on the first and the last stage of a pipeline, else None) the ranks of all replicas
-    that hold the same piece of a weight which both ends use.
+    ``data`` holds all replicas of the model, ``model`` the ranks of one of them, and ``everyone``
+    the whole world. ``sums`` holds a group for each of SUMS, and ``ends`` (on the first and the
+    last rank of a pipeline) the same with the ranks of both ends.
     """
 
     world: World
     sizes: dict[str, int]
     index: dict[str, int]
     data: Group
+    expert: Group
     pipeline: Group
+    context: Group
     tensor: Group
     model: Group
     everyone: Group
-    ends: Group | None
+    sums: dict[tuple[str, ...], Group]
+    ends: dict[tuple[str, ...], Group]
+    zero: int = 0
+    """What the replicas share out (config.Parallel.zero); it belongs to the layout's name."""
+    sequence: bool = False
+    """Whether ranks of a tensor group hold pieces of sequences; the same."""
 
     @property
     def layout(self) -> str:
-        return layout_name(**self.sizes)
+        return layout_of(self.sizes, self.zero, self.sequence)
 
     @property
-    def is_first_stage(self) -> bool:
-        return self.pipeline.rank == 0
+    def replica(self) -> int:
+        """The number of this rank's replica of the model."""
+        return self.index["data"] * self.sizes["expert"] + self.index["expert"]
 
-    @property
-    def is_last_stage(self) -> bool:
-        return self.pipeline.rank == self.pipeline.size - 1
+    def sum_group(self, placement: Summed) -> Group:
+        """The ranks whose gradients of a parameter are partial sums."""
+        groups = self.ends if placement.shared_by else self.sums
+        return groups[placement.summed]
 
     def free(self) -> None:
         """Give all communicators back to MPI; all ranks together, and nothing under way."""
-        groups = [self.data, self.pipeline, self.tensor, self.model, self.everyone, self.ends]
+        groups = [self.data, self.expert, self.pipeline, self.context, self.tensor]
+        groups += [self.model, self.everyone, *self.sums.values(), *self.ends.values()]
         self.data.stop()  # all groups of a mesh share one progress
-        for group in groups:
-            if group is not None:
-                group.free()
+        for group in dict.fromkeys(groups):
+            group.free()
 
     @classmethod
     def over(
@@ -74,18 +97,27 @@ class Mesh:
         *,
         data: int | None = None,
         pipeline: int = 1,
+        context: int = 1,
         tensor: int = 1,
+        expert: int = 1,
+        zero: int = 0,
+        sequence: bool = False,
         settings: Comm | None = None,
     ) -> Mesh:
         """Arrange all ranks of the world; raises LayoutError where the product does not fit."""
-        sizes = fit(world.size, data, pipeline, tensor)
+        sizes = fit(world.size, data, pipeline, context, tensor, expert)
+        if sequence and tensor == 1:
+            raise LayoutError(
+                f"layout {layout_of(sizes, zero, sequence)} cuts sequences over the tensor axis, "
+                "which has one rank; leave sp out or use tp2 and more"
+            )
         index = _index(world.rank, sizes)
         settings = settings or Comm()
         for collective in collectives.COLLECTIVES:
             name = getattr(settings, collective)
             if name != "auto":
                 collectives.find(collective, name)  # refuses an unknown one now, not at first use
-        _agree(world, sizes, settings)
+        _agree(world, layout_of(sizes, zero, sequence), settings)
         _say_whether_shared(world, settings)
         table = None if settings.table is None else read_table(settings.table, world)
         hosts = _hosts(world)
@@ -126,16 +158,31 @@ class Mesh:
             return found
 
         at_end = sizes["pipeline"] > 1 and index["pipeline"] in (0, sizes["pipeline"] - 1)
+        sums: dict[tuple[str, ...], Group] = {}
+        ends: dict[tuple[str, ...], Group] = {}
+        # One group for those sums that are over the same ranks in this layout.
+        for over, alike in _alike(sizes).items():
+            summed = certain("+".join(over) or "data", *over)
+            both = group("+".join(("ends", *over)), "pipeline", *over, member=at_end)
+            for axes in alike:
+                sums[axes] = summed
+                if both is not None:
+                    ends[axes] = both
         return cls(
             world,
             sizes,
             index,
-            data=certain("data", "data"),
+            data=sums["data", "expert"],
+            expert=certain("expert", "expert"),
             pipeline=certain("pipeline", "pipeline"),
+            context=certain("context", "context"),
             tensor=certain("tensor", "tensor"),
-            model=certain("model", "pipeline", "tensor"),
+            model=certain("model", "pipeline", "context", "tensor"),
             everyone=certain("everyone", *AXES),
-            ends=group("ends", "data", "pipeline", member=at_end),
+            sums=sums,
+            ends=ends,
+            zero=zero,
+            sequence=sequence,
         )
 
     @classmethod
@@ -148,32 +195,91 @@ class Mesh:
             return Group(executor, executor, progress, Comm(), (0,))
 
         sizes, index = dict.fromkeys(AXES, 1), dict.fromkeys(AXES, 0)
-        names = ("data", "pipeline", "tensor", "model", "everyone")
-        return cls(world, sizes, index, **{name: alone(name) for name in names}, ends=None)
-
-
-def fit(world: int, data: int | None, pipeline: int, tensor: int) -> dict[str, int]:
-    """Sizes of the axes for a world; a LayoutError names the product and the legal layouts."""
-    for axis, asked in (("data", data), ("pipeline", pipeline), ("tensor", tensor)):
-        if asked is not None and asked < 1:
-            raise LayoutError(f"the {axis} axis of a mesh has at least one rank, not {asked}")
-    if data is None:
-        data = max(1, world // (pipeline * tensor))
-    product = data * pipeline * tensor
-    if product != world:
-        legal = ", ".join(layout_name(*one) for one in factorisations(world, 3))
-        raise LayoutError(
-            f"layout {layout_name(data, pipeline, tensor)} needs {product} ranks but {world} "
-            f"were started; legal layouts for {world}: {legal}"
+        replicas = alone("data")
+        return cls(
+            world,
+            sizes,
+            index,
+            data=replicas,
+            expert=alone("expert"),
+            pipeline=alone("pipeline"),
+            context=alone("context"),
+            tensor=alone("tensor"),
+            model=alone("model"),
+            everyone=alone("everyone"),
+            sums=dict.fromkeys(SUMS, replicas),
+            ends={},
         )
-    return {"data": data, "pipeline": pipeline, "tensor": tensor}
 
 
-def _agree(world: World, sizes: dict[str, int], settings: Comm) -> None:
+class Summed(Protocol):
+    """What a mesh asks of a parameter's placement."""
+
+    @property
+    def summed(self) -> tuple[str, ...]: ...
+    @property
+    def shared_by(self) -> tuple[int, ...]: ...
+
+
+def fit(
+    world: int, data: int | None, pipeline: int, context: int, tensor: int, expert: int
+) -> dict[str, int]:
+    """Sizes of the axes for a world; a LayoutError names the product and the legal layouts."""
+    asked = {"data": data, "pipeline": pipeline, "context": context, "tensor": tensor}
+    for axis, size in (asked | {"expert": expert}).items():
+        if size is not None and size < 1:
+            raise LayoutError(f"the {axis} axis of a mesh has at least one rank, not {size}")
+    inner = pipeline * context * tensor
+    if data is None:
+        data = max(1, world // inner)
+    name = layout_name(data, pipeline, context, tensor, expert)
+    if data * inner != world:
+        axes = 3 if context == 1 else 4
+        legal = ", ".join(_named(one) for one in factorisations(world, axes))
+        raise LayoutError(
+            f"layout {name} needs {data * inner} ranks but {world} were started; "
+            f"legal layouts for {world}: {legal}"
+        )
+    if data % expert:
+        raise LayoutError(
+            f"layout {name} shares the experts over {expert} of {data} replicas, which {expert} "
+            "must divide"
+        )
+    sizes = {"data": data // expert, "expert": expert}
+    return sizes | {"pipeline": pipeline, "context": context, "tensor": tensor}
+
+
+def _alike(sizes: dict[str, int]) -> dict[tuple[str, ...], list[tuple[str, ...]]]:
+    """SUMS by those of their axes along which this layout has several ranks."""
+    found: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+    for axes in SUMS:
+        found.setdefault(tuple(axis for axis in axes if sizes[axis] > 1), []).append(axes)
+    return found
+
+
+def layout_of(sizes: dict[str, int], zero: int = 0, sequence: bool = False) -> str:
+    """The name of a layout from the sizes of its axes."""
+    return layout_name(
+        sizes["data"] * sizes["expert"],
+        sizes["pipeline"],
+        sizes["context"],
+        sizes["tensor"],
+        sizes["expert"],
+        zero,
+        sequence,
+    )
+
+
+def _named(sizes: tuple[int, ...]) -> str:
+    data, pipeline, *context, tensor = sizes
+    return layout_name(data, pipeline, context[0] if context else 1, tensor)
+
+
+def _agree(world: World, layout: str, settings: Comm) -> None:
     """ConfigError on all ranks where they ask for different meshes: they would hang later."""
     told = asdict(settings)
     told["table"] = settings.table and "a file"  # of which only rank 0's is read
-    asked = json.dumps({"layout": layout_name(**sizes), **told})
+    asked = json.dumps({"layout": layout, **told})
     said = [json.loads(text) for text in world.gather_texts(asked)]
     for rank, one in enumerate(said):
         for name, value in one.items():

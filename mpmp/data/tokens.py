@@ -15,6 +15,7 @@ Tokens: TypeAlias = NDArray[np.unsignedinteger[Any]]
 """Token numbers in the smallest unsigned integers that hold the vocabulary."""
 
 _ENDS_OF_TEXT = ("<|endoftext|>", "</s>", "[SEP]")
+_MASKS = ("[MASK]", "<mask>")
 _PIECE = 1 << 20
 
 
@@ -23,6 +24,8 @@ class Tokenizer(Protocol):
     """Token numbers lie in ``range(vocabulary)``."""
     end_of_text: int | None
     """The token written after each document, where there is one."""
+    mask: int | None
+    """The token that hides a word, where there is one."""
 
     def encode(self, text: bytes | str) -> Tokens: ...
 
@@ -41,6 +44,7 @@ class ByteTokenizer:
 
     vocabulary: int = 257
     end_of_text: int | None = 256
+    mask: int | None = None
 
     def encode(self, text: bytes | str) -> Tokens:
         data = text.encode() if isinstance(text, str) else text
@@ -90,6 +94,7 @@ class FileTokenizer:
         self.end_of_text: int | None = next(
             (numbers[name] for name in _ENDS_OF_TEXT if name in numbers), None
         )
+        self.mask: int | None = next((numbers[name] for name in _MASKS if name in numbers), None)
 
     def encode(self, text: bytes | str) -> Tokens:
         """A text longer than 1 MiB is cut into pieces of whole lines.

@@ -1,117 +1,137 @@
-"""Blocks that models are made of, cut over the tensor axis.
+"""Blocks that all models are made of, cut over the tensor axis.
 
-Shapes: B batch, T time, D model, H heads, K head, F hidden; a small letter is this rank's piece.
+Shapes: B batch, T time, D model, F hidden; u is the piece of T that this rank holds between cut
+layers (all that its context rank has, but under sequence parallelism).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mpmp import config
+from mpmp.models.attention import Attention
+from mpmp.models.norms import make_norm
+from mpmp.models.style import Style
+from mpmp.models.tokens import Tokens
 from mpmp.parallel.dropout import Dropout
+from mpmp.parallel.expert import Experts, Places
 from mpmp.parallel.maker import Maker
 from mpmp.parallel.tensor import ColumnParallelLinear, RowParallelLinear
 
-
-class LayerNorm(nn.Module):
-    """Mean and variance of each token taken out (Ba et al. 2016); replicated."""
-
-    def __init__(self, make: Maker, name: str, features: int) -> None:
-        super().__init__()
-        self.weight = make.parameter(f"{name}.weight", (features,), mean=1.0)
-        self.bias = make.parameter(f"{name}.bias", (features,))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias)
+STD = 0.02
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}
 
 
-class CausalAttention(nn.Module):
-    """Each head attends to the past; every rank has its own heads."""
+def stds(model: config.Model, style: Style) -> tuple[float, float]:
+    """Of the initial weights of a branch's first and last layer (Radford et al. 2019).
 
-    def __init__(
-        self,
-        make: Maker,
-        name: str,
-        width: int,
-        heads: int,
-        *,
-        std: float,
-        residual_std: float,
-        dropout: float,
-    ) -> None:
-        super().__init__()
-        head = width // heads
-        self.heads, self.head = heads, head
-        start, stop = make.cut(width, head)
-        self.own_heads = (start // head, stop // head)
-        self.qkv = ColumnParallelLinear(
-            make, f"{name}.qkv", width, width, std=std, blocks=3, unit=head
-        )
-        self.out = RowParallelLinear(make, f"{name}.out", width, width, std=residual_std, unit=head)
-        self.dropout = Dropout(dropout, make.seed, f"{name}.weights")
-
-    def forward(self, x_BTD: Tensor, samples_B: Tensor | None) -> Tensor:
-        B, T, _ = x_BTD.shape
-        qkv_BT3hK = self.qkv(x_BTD).view(B, T, 3, -1, self.head)
-        q_BhTK, k_BhTK, v_BhTK = qkv_BT3hK.permute(2, 0, 3, 1, 4)
-        if self.dropout.probability == 0.0 or samples_B is None:
-            mixed_BhTK = F.scaled_dot_product_attention(q_BhTK, k_BhTK, v_BhTK, is_causal=True)
-        else:
-            # The library's own mask would depend on the layout.
-            scores_BhTT = q_BhTK @ k_BhTK.transpose(-1, -2) * self.head**-0.5
-            future_TT = scores_BhTT.new_ones(T, T).triu(1).bool()
-            weights_BhTT = scores_BhTT.masked_fill(future_TT, float("-inf")).softmax(-1)
-            weights_BhTT = self.dropout(
-                weights_BhTT, samples_B, (self.heads, T, T), (self.own_heads, (0, T), (0, T))
-            )
-            mixed_BhTK = weights_BhTT.to(v_BhTK.dtype) @ v_BhTK
-        return self.out(mixed_BhTK.transpose(1, 2).reshape(B, T, -1))  # type: ignore[no-any-return]
+    Where nothing norms the sums of branches, they would grow with their number.
+    """
+    return STD, STD if style.post_norm else STD / (2 * model.layers) ** 0.5
 
 
 class FeedForward(nn.Module):
-    """Two layers with a GELU between them; every rank has its own hidden units."""
+    """Two layers with a GELU between them, or SwiGLU; every rank has its own hidden units.
 
-    def __init__(
-        self, make: Maker, name: str, width: int, hidden: int, *, std: float, residual_std: float
-    ) -> None:
+    SwiGLU is ``down(silu(gate x) * up x)``, gate and up stacked as one weight.
+    """
+
+    def __init__(self, make: Maker, name: str, model: config.Model, style: Style) -> None:
         super().__init__()
-        self.up = ColumnParallelLinear(make, f"{name}.up", width, hidden, std=std)
-        self.down = RowParallelLinear(make, f"{name}.down", hidden, width, std=residual_std)
+        first, last = stds(model, style)
+        width, hidden = model.width, model.num_hidden
+        self.activation = _ACTIVATIONS.get(style.feed_forward)
+        blocks = 1 if self.activation else 2
+        self.up = ColumnParallelLinear(
+            make, f"{name}.up", width, hidden, std=first, blocks=blocks, bias=style.bias
+        )
+        self.down = RowParallelLinear(
+            make, f"{name}.down", hidden, width, std=last, bias=style.bias
+        )
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x_BTD), approximate="tanh"))  # type: ignore[no-any-return]
+    def forward(self, x_BuD: Tensor, places: Places) -> tuple[Tensor, None]:
+        """Gives what experts give, and adds nothing to the objective."""
+        up_BTF = self.up(x_BuD, len(places.positions_t))
+        if self.activation is not None:
+            return self.down(self.activation(up_BTF)), None
+        gate_BTF, up_BTF = up_BTF.chunk(2, dim=-1)
+        return self.down(F.silu(gate_BTF) * up_BTF), None
+
+
+def _feed_forward(make: Maker, name: str, model: config.Model, style: Style) -> nn.Module:
+    """One for all tokens, or experts."""
+    if not model.experts:
+        return FeedForward(make, name, model, style)
+    first, last = stds(model, style)
+    return Experts(
+        make,
+        name,
+        model.width,
+        model.num_hidden,
+        experts=model.experts,
+        top_k=model.top_k,
+        capacity=model.capacity,
+        balance=model.balance,
+        std=first,
+        residual_std=last,
+        activation=_ACTIVATIONS.get(style.feed_forward, F.silu),
+        gated=style.feed_forward == "swiglu",
+    )
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: x + attention(norm x), then x + feed-forward(norm x)."""
+    """Attention and a feed-forward, each a branch whose result is added to what came in.
+
+    Gives hidden states, and what the experts add to the objective, where there are some.
+    """
 
     def __init__(
         self,
         make: Maker,
         name: str,
-        width: int,
-        heads: int,
+        model: config.Model,
+        style: Style,
         *,
-        std: float,
-        residual_std: float,
-        dropout: float,
+        way: str,
+        recompute: bool,
     ) -> None:
         super().__init__()
-        stds = {"std": std, "residual_std": residual_std}
-        self.norm1 = LayerNorm(make, f"{name}.norm1", width)
-        self.attention = CausalAttention(
-            make, f"{name}.attention", width, heads, dropout=dropout, **stds
-        )
-        self.norm2 = LayerNorm(make, f"{name}.norm2", width)
-        self.mlp = FeedForward(make, f"{name}.mlp", width, 4 * width, **stds)
-        self.dropout1 = Dropout(dropout, make.seed, f"{name}.attention")
-        self.dropout2 = Dropout(dropout, make.seed, f"{name}.mlp")
+        self.post_norm = style.post_norm
+        self.attention: Attention | None = None
+        if style.attention:
+            self.norm1 = make_norm(make, f"{name}.norm1", model.width, style)
+            self.attention = Attention(
+                make,
+                f"{name}.attention",
+                model,
+                style,
+                stds=stds(model, style),
+                way=way,
+                recompute=recompute,
+            )
+            self.dropout1 = Dropout(model.dropout, make.seed, f"{name}.attention")
+        self.norm2 = make_norm(make, f"{name}.norm2", model.width, style)
+        self.mlp = _feed_forward(make, f"{name}.mlp", model, style)
+        self.dropout2 = Dropout(model.dropout, make.seed, f"{name}.mlp")
 
-    def forward(self, x_BTD: Tensor, samples_B: Tensor | None) -> Tensor:
-        """``samples_B`` numbers the sequences in the whole training; None drops nothing."""
-        _, T, D = x_BTD.shape
-        whole = ((T, D), ((0, T), (0, D)))
-        x_BTD = x_BTD + self.dropout1(
-            self.attention(self.norm1(x_BTD), samples_B), samples_B, *whole
-        )
-        return x_BTD + self.dropout2(self.mlp(self.norm2(x_BTD)), samples_B, *whole)
+    def forward(self, x_BuD: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
+        if self.attention is not None:
+            branch_BuD = self.attention(self._before(self.norm1, x_BuD), tokens)
+            x_BuD = x_BuD + tokens.drop(self.dropout1, branch_BuD)
+            x_BuD = self._behind(self.norm1, x_BuD)
+        branch_BuD, added = self.mlp(self._before(self.norm2, x_BuD), tokens.places)
+        x_BuD = x_BuD + tokens.drop(self.dropout2, branch_BuD)
+        return self._behind(self.norm2, x_BuD), added
+
+    def _before(self, norm: nn.Module, x_BuD: Tensor) -> Tensor:
+        return x_BuD if self.post_norm else norm(x_BuD)
+
+    def _behind(self, norm: nn.Module, x_BuD: Tensor) -> Tensor:
+        return norm(x_BuD) if self.post_norm else x_BuD

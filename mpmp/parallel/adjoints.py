@@ -18,7 +18,7 @@ Every movement is a linear operator; its backward is its adjoint, proved by <Fx,
 ``replicate`` and ``allreduce`` are Megatron's f and g (Shoeybi et al. 2019, section 3). A
 *gradient* of a replicated value is replicated, too: each rank of the group holds all of it, so
 ``gather``'s backward merely keeps this rank's piece, while ``allgather`` feeds ranks that go
-different ways, whose gradients are summed.
+different ways, whose gradients are summed. ``products.py`` has them in one with a matrix product.
 """
 
 from __future__ import annotations
@@ -27,8 +27,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from mpmp.comm.group import Group
 from mpmp.programs.partition import partition
@@ -64,20 +62,6 @@ def allgather(x: Tensor, group: Group, length: int, dim: int = 0) -> Tensor:
     return x if group.size == 1 else _call(_Allgather, x, group, length, dim)
 
 
-def linear_allreduce(x: Tensor, weight: Tensor, group: Group) -> Tensor:
-    """``allreduce(x @ weight.T)``: own inputs (..., k) -> (..., out) replicated."""
-    if group.size == 1:
-        return F.linear(x, weight)
-    return _call(_LinearAllreduce, *_as_autocast(x, weight), group)
-
-
-def replicate_linear(x: Tensor, weight: Tensor, bias: Tensor | None, group: Group) -> Tensor:
-    """``replicate(x) @ weight.T + bias``: (..., in) replicated -> own outputs (..., k)."""
-    if group.size == 1:
-        return F.linear(x, weight, bias)
-    return _call(_ReplicateLinear, *_as_autocast(x, weight, bias), group)
-
-
 # --- the movements themselves -----------------------------------------------------------------
 
 
@@ -86,13 +70,15 @@ def _own_piece(x: Tensor, group: Group, dim: int) -> Tensor:
     return x.narrow(dim, start, stop - start).contiguous()
 
 
-def _all_pieces(x: Tensor, group: Group, length: int, dim: int) -> Tensor:
+def all_pieces(x: Tensor, group: Group, length: int, dim: int) -> Tensor:
+    """``allgather`` without a graph."""
     lengths = [stop - start for start, stop in partition(length, group.size)]
     rows = x.detach().movedim(dim, 0).contiguous()
     return group.allgather(rows, lengths).movedim(0, dim)
 
 
-def _own_piece_of_sum(x: Tensor, group: Group, dim: int) -> Tensor:
+def own_piece_of_sum(x: Tensor, group: Group, dim: int) -> Tensor:
+    """``reduce_scatter`` without a graph."""
     return group.reduce_scatter(x.detach().movedim(dim, 0).contiguous()).movedim(0, dim)
 
 
@@ -125,21 +111,21 @@ class _Split(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _all_pieces(grad, ctx.group, ctx.length, ctx.dim), None, None
+        return all_pieces(grad, ctx.group, ctx.length, ctx.dim), None, None
 
 
 class _ReduceScatter(_Split):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group, dim: int) -> Tensor:
         ctx.group, ctx.dim, ctx.length = group, dim, x.shape[dim]
-        return _own_piece_of_sum(x, group, dim)
+        return own_piece_of_sum(x, group, dim)
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group, length: int, dim: int) -> Tensor:
         ctx.group, ctx.dim = group, dim
-        return _all_pieces(x, group, length, dim)
+        return all_pieces(x, group, length, dim)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
@@ -149,71 +135,7 @@ class _Gather(torch.autograd.Function):
 class _Allgather(_Gather):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return _own_piece_of_sum(grad, ctx.group, ctx.dim), None, None, None
-
-
-# --- movements in one with the product beside them ------------------------------------------------
-#
-# The partial sums are written by the matrix product straight into memory that the ranks share, and
-# summed there: nothing is copied in or out.
-
-
-class _LinearAllreduce(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, group: Group) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return _product_summed(x, weight.t(), group)
-
-    @staticmethod
-    @once_differentiable  # a second derivative would need sums over the ranks, too
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, weight = ctx.saved_tensors
-        needs_x, needs_weight, _ = ctx.needs_input_grad
-        x_grad = grad @ weight if needs_x else None
-        return x_grad, _rows(grad).t() @ _rows(x) if needs_weight else None, None
-
-
-class _ReplicateLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, group: Group) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.group = group
-        return F.linear(x, weight, bias)
-
-    @staticmethod
-    @once_differentiable  # a second derivative would need sums over the ranks, too
-    def backward(
-        ctx: Any, grad: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        x, weight = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
-        rows = _rows(grad)
-        x_grad = _product_summed(grad, weight, ctx.group) if needs_x else None
-        weight_grad = rows.t() @ _rows(x) if needs_weight else None
-        return x_grad, weight_grad, rows.sum(0) if needs_bias else None, None
-
-
-def _product_summed(x: Tensor, matrix: Tensor, group: Group) -> Tensor:
-    """The sum over the group of ``x @ matrix``."""
-    partial = group.empty((*x.shape[:-1], matrix.shape[1]), x.dtype, x.device)
-    torch.mm(_rows(x), matrix, out=_rows(partial))
-    return group.allreduce(partial, out=partial)
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
-
-
-def _as_autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
-    """As a matrix product under autocast, which does not look into functions, would take them."""
-    device = x.device.type
-    if not torch.is_autocast_enabled(device):
-        return x, *others
-    dtype = torch.get_autocast_dtype(device)
-    # Autocast leaves float64 as it is.
-    return tuple(
-        one if one is None or one.dtype is torch.float64 else one.to(dtype) for one in (x, *others)
-    )
+        return own_piece_of_sum(grad, ctx.group, ctx.dim), None, None, None
 
 
 def _call(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:

@@ -9,9 +9,13 @@ twice with the key in between.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+Index = tuple[int, int] | Tensor
+"""Places along a dim: (start, stop), or an int64 vector."""
 
 
 def _signed(value: int) -> int:
@@ -32,18 +36,19 @@ def key_of(seed: int, name: str) -> int:
 
 
 def _logical_shift(x: Tensor, bits: int) -> Tensor:
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+    return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 
-def _mix(x: Tensor) -> Tensor:
-    x = (x ^ _logical_shift(x, 30)) * _MIX1
-    x = (x ^ _logical_shift(x, 27)) * _MIX2
-    return x ^ _logical_shift(x, 31)
+def _mix_(x: Tensor) -> Tensor:
+    """In place: masks of attention weights are large, and fresh memory is what would cost most."""
+    x.bitwise_xor_(_logical_shift(x, 30)).mul_(_MIX1)
+    x.bitwise_xor_(_logical_shift(x, 27)).mul_(_MIX2)
+    return x.bitwise_xor_(_logical_shift(x, 31))
 
 
 def bits(key: int, index: Tensor) -> Tensor:
     """64 random bits for each int64 index (int64, any shape)."""
-    return _mix(_mix(index * _GOLDEN) ^ key)
+    return _mix_(_mix_(index * _GOLDEN).bitwise_xor_(key))
 
 
 def uniform(key: int, index: Tensor) -> Tensor:
@@ -64,17 +69,18 @@ def normal(key: int, index: Tensor) -> Tensor:
 
 def element_index(
     shape: tuple[int, ...],
-    ranges: tuple[tuple[int, int], ...],
+    ranges: Sequence[Index],
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Row-major index, in the global tensor of ``shape``, of each element of the shard ``ranges``.
+    """Row-major index, in the global tensor of ``shape``, of each element of a piece.
 
-    Returns int64 of the shard's shape.
+    ``ranges`` are the places of the piece along each dim. Returns int64 of the piece's shape.
     """
     index = torch.zeros((), dtype=torch.int64, device=device)
-    for length, (start, stop) in zip(shape, ranges, strict=True):
-        along = torch.arange(start, stop, dtype=torch.int64, device=device)
-        index = index.unsqueeze(-1) * length + along
+    for length, places in zip(shape, ranges, strict=True):
+        if not isinstance(places, Tensor):
+            places = torch.arange(*places, dtype=torch.int64, device=device)
+        index = index.unsqueeze(-1) * length + places.to(device)
     return index
 
 

@@ -6,9 +6,13 @@ the sample), so ranks that hold the same element drop it alike, however the mode
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import prod
+
 from torch import Tensor
 
 from mpmp.parallel import counter
+from mpmp.parallel.counter import Index
 
 
 class Dropout:
@@ -19,22 +23,19 @@ class Dropout:
         self._key = counter.key_of(seed, f"dropout/{name}")
 
     def __call__(
-        self,
-        x: Tensor,
-        samples: Tensor | None,
-        shape: tuple[int, ...],
-        ranges: tuple[tuple[int, int], ...],
+        self, x: Tensor, samples: Tensor | None, shape: tuple[int, ...], index: Sequence[Index]
     ) -> Tensor:
-        """Apply to ``x`` (B, *piece), the ``ranges`` of a sample's global ``shape``.
+        """Apply to ``x`` (B, *piece): of a sample's global ``shape`` the places ``index``.
 
-        ``samples`` (B, int64) are the samples' numbers in the whole training; None drops nothing.
+        Along each dim these are a (start, stop) or an int64 vector of places. ``samples``
+        (B, int64) are the samples' numbers in the whole training; None drops nothing.
         """
         if self.probability == 0.0 or samples is None:
             return x
-        length = 1
-        for size in shape:
-            length *= size
-        index = counter.element_index(shape, ranges, x.device)
-        first = samples.view(-1, *(1 for _ in shape)) * length
-        kept = counter.keep(self._key, first + index, 1 - self.probability)
-        return x * kept / (1 - self.probability)
+        return x * self.kept(samples, shape, index) / (1 - self.probability)
+
+    def kept(self, samples: Tensor, shape: tuple[int, ...], index: Sequence[Index]) -> Tensor:
+        """True where an element stays, (B, *piece) of bool."""
+        first = samples.view(-1, *(1 for _ in shape)) * prod(shape)
+        places = counter.element_index(shape, index, samples.device)
+        return counter.keep(self._key, first + places, 1 - self.probability)

@@ -1,6 +1,6 @@
 """The whole model brought together from its shards, on rank 0.
 
-Each tensor's primary shards (of the first data replica) travel to rank 0 and are put where their
+Each tensor's primary shards travel to rank 0 and are put where their
 placements say: the inverse of every cut. Initial weights, verify and exported files use it.
 """
 
@@ -27,7 +27,7 @@ def merge(tensors: Mapping[str, tuple[Placement, Tensor]], mesh: Mesh) -> dict[s
     own = {
         name: (placement, shard)
         for name, (placement, shard) in tensors.items()
-        if placement.primary and mesh.index["data"] == 0
+        if placement.primary
     }
     table = json.dumps(
         [

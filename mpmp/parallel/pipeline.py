@@ -1,189 +1,253 @@
-"""One pipeline stage that carries out any schedule.
+"""The stages of one rank, carrying out any schedule.
 
-    stage 0   F0 F1 F2       B0 F3 B1    B2    B3       F  takes hidden states from the stage
-    stage 1      F0 F1    B0 F2 B1 F3 B2    B3             before, gives its own to the next
-    stage 2         F0 B0 F1 B1 F2 B2 F3 B3             B  takes the gradient from the stage
-                                                           behind, gives its own to the one before
+    rank 0   F0 F1 F2       B0 F3 B1    B2    B3       F  takes hidden states from the stage
+    rank 1      F0 F1    B0 F2 B1 F3 B2    B3             before, gives its own to the next
+    rank 2         F0 B0 F1 B1 F2 B2 F3 B3             B  takes the gradient from the stage
+                                                          behind, gives its own to the one before
+    where the backward is split:                       W  computes what B left: the gradients of
+                                                          weights, which nobody waits for
 
 Each stage owns its own graph: hidden states enter as leaves, and gradients are handed over as
-tensors. A receive is posted one action ahead, so that it is under way while the stage computes.
+tensors. A receive is posted one action ahead, so that it is under way while the rank computes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from mpmp.comm.mesh import Mesh
-from mpmp.comm.transfer import Transfer
-from mpmp.parallel.data import GradientBuckets
-from mpmp.programs import schedules
-from mpmp.programs.steps import BACKWARD, FORWARD, Action
-
-
-@dataclass(frozen=True)
-class Microbatch:
-    """A piece of a replica's batch: (B, T) tokens and targets, and the samples' numbers (B)."""
-
-    inputs: Tensor
-    targets: Tensor
-    samples: Tensor
-
-
-class Stage(Protocol):
-    """What a model must offer to be a stage; see models/gpt.py."""
-
-    width: int
-    dtype: torch.dtype
-
-    def __call__(self, x: Tensor, samples_B: Tensor | None = None) -> Tensor: ...
-
-    def token_losses(self, x_BTD: Tensor, targets_BT: Tensor) -> Tensor: ...
+from mpmp.parallel.borders import Borders
+from mpmp.parallel.data import Gradients
+from mpmp.parallel.deferred import Kept
+from mpmp.parallel.recorder import Recorder
+from mpmp.parallel.stage import Microbatch, Stage
+from mpmp.programs.check_schedules import check_schedule
+from mpmp.programs.steps import BACKWARD, FORWARD, WEIGHT, Action, Actions, Fused, Schedule
 
 
 class Pipeline:
-    """Runs microbatches through the stages of one replica.
+    """Runs microbatches through the stages of one replica; ``stages`` are this rank's chunks.
 
-    ``context`` gives the arithmetic of a forward (an autocast, or nothing).
+    ``context`` gives the arithmetic of a forward (an autocast, or nothing). A ``recorder`` notes
+    when each action of a step was done. ``first_rank`` and ``last_rank`` are the places on the
+    pipeline axis that hold the first and the last stage.
     """
 
     def __init__(
         self,
         mesh: Mesh,
-        stage: Stage,
-        schedule: str,
+        stages: Sequence[Stage],
+        schedule: Schedule,
         context: Callable[[], AbstractContextManager[object]],
+        recorder: Recorder | None = None,
     ) -> None:
-        self._group, self._stage, self._context = mesh.pipeline, stage, context
-        self._first, self._last = mesh.is_first_stage, mesh.is_last_stage
-        self._schedule = schedules.find(schedule)
-        self._device = mesh.world.device
+        assert len(stages) == schedule.chunks, "one stage a chunk"
+        self.group, self.schedule, self.stages = mesh.pipeline, schedule, tuple(stages)
+        self.context, self.device, self.recorder = context, mesh.world.device, recorder
+        size = self.group.size
+        self.first_rank, _ = schedule.place_of(0, size)
+        self.last_rank, self._last_chunk = schedule.place_of(schedule.chunks * size - 1, size)
+        self._plans: dict[int, tuple[Actions, int]] = {}
+
+    @property
+    def last(self) -> Stage | None:
+        """The last stage, on the rank that has it."""
+        return self.stages[self._last_chunk] if self.group.rank == self.last_rank else None
+
+    def is_last(self, chunk: int) -> bool:
+        """Whether a chunk of this rank is the last stage."""
+        return chunk == self._last_chunk and self.group.rank == self.last_rank
 
     def train(
-        self, microbatches: Sequence[Microbatch], num_tokens: int, buckets: GradientBuckets
+        self,
+        microbatches: Sequence[Microbatch],
+        num_tokens: int,
+        num_sequences: int,
+        gradients: Gradients,
+        scale: float = 1.0,
     ) -> Tensor:
-        """Forward and backward of all microbatches; gradients are summed into the buckets.
+        """Forward and backward of all microbatches; gradients are complete afterwards.
 
-        The loss is the sum of this replica's token losses over ``num_tokens``, the tokens of the
-        whole global batch, so that sums over replicas need no further scale. Returns it as a
-        scalar, zero on all but the last stage.
+        The objective is the sum of token losses over ``num_tokens``, the counted tokens of the
+        whole global batch, and what stages add to it over ``num_sequences``, its sequences; so
+        sums over replicas need no further scale. Gradients are ``scale`` times those of it.
+        Returns this rank's part of the loss, without what stages add, as a float64 scalar; zero
+        where the last stage is not.
         """
-        group = self._group
-        actions = list(self._schedule(group.rank, group.size, len(microbatches)))
-        last_backward = max(n for n, action in enumerate(actions) if action.kind == BACKWARD)
-        step = _Step(self, microbatches, num_tokens)
-        buckets.expect()
-        step.post(actions[0])
+        actions, ahead = self._plan(len(microbatches))
+        step = _Step(self, microbatches, num_tokens, num_sequences, scale, gradients)
+        last = _last_writes(actions, self.schedule.splits)
+        gradients.begin()
+        if self.recorder is not None:
+            self.recorder.begin()
         for number, action in enumerate(actions):
-            if number + 1 < len(actions):
-                step.post(actions[number + 1])
-            if number == last_backward:
-                buckets.last_microbatch()
-            if action.kind == FORWARD:
-                step.forward(action.microbatch)
-            else:
-                step.backward(action.microbatch)
-        step.wait_for_sends()
-        buckets.finish()
+            for coming in actions[number : number + 1 + ahead]:
+                step.expect(coming)
+            needs = [step.take(part) for part in action.parts]
+            if self.recorder is not None:
+                self.recorder.start()
+            for part, x in zip(action.parts, needs, strict=True):
+                step.carry_out(part, x, part in last)
+            if self.recorder is not None:
+                self.recorder.end()
+        step.finish()
+        gradients.finish()
         return step.loss
 
     @torch.no_grad()
-    def score(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Sum of a batch's token losses without dropout, on the last stage; zero on the others."""
-        hidden = self.hidden(inputs)
-        if not self._last:
-            return torch.zeros((), dtype=torch.float64, device=self._device)
-        with self._context():
-            return self._stage.token_losses(hidden, targets).double().sum()
+    def score(self, microbatches: Sequence[Microbatch]) -> Tensor:
+        """Sum of all token losses as a float64 scalar; zero where the last stage is not."""
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for microbatch, hidden in zip(microbatches, self._pass(microbatches), strict=False):
+            assert self.last is not None
+            with self.context():
+                total += self.last.losses(hidden, microbatch).double().sum()
+        return total
 
     @torch.no_grad()
-    def hidden(self, inputs: Tensor) -> Tensor:
-        """This stage's hidden states (B, T, D) for tokens (B, T), sent on to the next stage."""
-        B, T = inputs.shape
-        x = inputs
-        if not self._first:
-            x = self._empty(B, T)
-            self._group.receive(x, self._group.rank - 1, 0).wait()
-        with self._context():
-            hidden = self._stage(x)
-        if not self._last:
-            self._group.send(hidden, self._group.rank + 1, 0).wait()
-        return hidden
+    def hidden(self, microbatch: Microbatch) -> Tensor | None:
+        """What comes out of the last stage, on the rank that has it; None on the others."""
+        found = self._pass([microbatch])
+        return found[0] if found else None
 
-    def _empty(self, B: int, T: int) -> Tensor:
-        return torch.empty(B, T, self._stage.width, dtype=self._stage.dtype, device=self._device)
+    def _pass(self, microbatches: Sequence[Microbatch]) -> list[Tensor]:
+        """Hidden states behind the last stage, by forwards alone; none where that stage is not."""
+        borders = Borders(self.group, self.schedule)
+        found: list[Tensor] = []
+        # A chunk after the other, so that ranks work at the same time.
+        for chunk, stage in enumerate(self.stages):
+            for number, microbatch in enumerate(microbatches):
+                action = Action(FORWARD, number, chunk)
+                borders.expect(action, stage.hidden_shape(microbatch), stage.dtype, self.device)
+                x = borders.take(action)
+                with self.context():
+                    hidden, _ = stage(microbatch.inputs_Bt if x is None else x, microbatch)
+                borders.give(action, hidden)
+                if self.is_last(chunk):
+                    found.append(hidden)
+        borders.finish()
+        return found
+
+    def _plan(self, microbatches: int) -> tuple[Actions, int]:
+        """This rank's actions, proved to end, and how many of them ahead a receive is posted."""
+        if microbatches not in self._plans:
+            rank, size = self.group.rank, self.group.size
+            ahead = check_schedule(self.schedule, size, microbatches).ahead
+            actions = self.schedule.actions(rank, size, microbatches)
+            self._plans[microbatches] = actions, max(1, ahead)
+        return self._plans[microbatches]
+
+
+class _Live(NamedTuple):
+    """What a microbatch leaves on a stage between its forward and its backward."""
+
+    x: Tensor | None
+    """The hidden states that came in; their gradient goes back."""
+    roots: list[GradientEdge]
+    """Where the backward begins. The tensors themselves need not be kept alive."""
+    gradients: list[Tensor]
+    """Of the roots, but of hidden states that went on: that of the first root is to come."""
 
 
 class _Step:
-    """What one stage holds while one step's microbatches pass."""
+    """What the stages of one rank hold while one step's microbatches pass."""
 
     def __init__(
-        self, pipeline: Pipeline, microbatches: Sequence[Microbatch], num_tokens: int
+        self,
+        pipeline: Pipeline,
+        microbatches: Sequence[Microbatch],
+        num_tokens: int,
+        num_sequences: int,
+        scale: float,
+        gradients: Gradients,
     ) -> None:
-        self._pipeline, self._microbatches, self._num_tokens = pipeline, microbatches, num_tokens
-        self._group = pipeline._group
-        self._posted: dict[Action, tuple[Tensor, Transfer]] = {}
-        self._live: dict[int, tuple[Tensor, Tensor]] = {}
-        self._sends: list[Transfer] = []
-        self.loss = torch.zeros((), dtype=torch.float64, device=pipeline._device)
+        self._pipeline, self._microbatches = pipeline, microbatches
+        self._num_tokens, self._num_sequences = num_tokens, num_sequences
+        self._scale, self._gradients = scale, gradients
+        self._borders = Borders(pipeline.group, pipeline.schedule)
+        self._live: dict[tuple[int, int], _Live] = {}
+        self._kept: dict[tuple[int, int], Kept] = {}
+        self.loss = torch.zeros((), dtype=torch.float64, device=pipeline.device)
 
-    def post(self, action: Action) -> None:
-        """Post the receive that an action will need, once."""
-        forward = action.kind == FORWARD
-        needs_none = self._pipeline._first if forward else self._pipeline._last
-        if needs_none or action in self._posted:
-            return
-        B, T = self._microbatches[action.microbatch].inputs.shape
-        buffer = self._pipeline._empty(B, T)
-        source = self._group.rank + (-1 if forward else 1)
-        self._posted[action] = buffer, self._group.receive(buffer, source, _tag(action))
+    def expect(self, action: Action | Fused) -> None:
+        """Post the receives that an action will need, once."""
+        for part in action.parts:
+            if part.kind != WEIGHT:
+                stage, microbatch = self._of(part)
+                shape = stage.hidden_shape(microbatch)
+                self._borders.expect(part, shape, stage.dtype, self._pipeline.device)
 
-    def forward(self, number: int) -> None:
-        microbatch = self._microbatches[number]
-        x = microbatch.inputs
-        if not self._pipeline._first:
-            x = self._received(Action(FORWARD, number)).requires_grad_()
-        stage = self._pipeline._stage
-        with self._pipeline._context():
-            y = stage(x, microbatch.samples)
-            if self._pipeline._last:
-                losses = stage.token_losses(y, microbatch.targets)
-                y = losses.sum() / self._num_tokens
+    def take(self, part: Action) -> Tensor | None:
+        """What an action needs of other stages, once it is there."""
+        return None if part.kind == WEIGHT else self._borders.take(part)
+
+    def carry_out(self, part: Action, x: Tensor | None, is_last: bool) -> None:
+        """Do one action; ``is_last``: none after it writes gradients of its chunk."""
+        if part.kind == FORWARD:
+            self._forward(part, x)
+        elif part.kind == BACKWARD:
+            self._backward(part, x, is_last)
+        else:
+            self._weight(part, is_last)
+
+    def finish(self) -> None:
+        self._borders.finish()
+        assert not self._live and not self._kept, "a schedule that leaves something undone"
+
+    def _of(self, part: Action) -> tuple[Stage, Microbatch]:
+        return self._pipeline.stages[part.chunk], self._microbatches[part.microbatch]
+
+    def _forward(self, part: Action, x: Tensor | None) -> None:
+        stage, microbatch = self._of(part)
+        if x is not None:
+            x.requires_grad_()
+        gradients = []
+        with self._pipeline.context():
+            y, extra = stage(microbatch.inputs_Bt if x is None else x, microbatch)
+            if self._pipeline.is_last(part.chunk):
+                y = stage.losses(y, microbatch).sum() / self._num_tokens
                 self.loss += y.detach()
-        self._live[number] = x, y
-        if not self._pipeline._last:
-            self._send(y.detach(), Action(FORWARD, number))
+                gradients.append(torch.full_like(y, self._scale))
+            else:
+                self._borders.give(part, y.detach())
+        roots = [get_gradient_edge(y)]
+        if extra is not None:
+            roots.append(get_gradient_edge(extra))
+            gradients.append(torch.full_like(extra, self._scale / self._num_sequences))
+        self._live[part.microbatch, part.chunk] = _Live(x, roots, gradients)
 
-    def backward(self, number: int) -> None:
-        x, y = self._live.pop(number)
-        gradient = None
-        if not self._pipeline._last:
-            gradient = self._received(Action(BACKWARD, number))
-        torch.autograd.backward(y, gradient)
-        if not self._pipeline._first:
-            assert x.grad is not None
-            self._send(x.grad, Action(BACKWARD, number))
+    def _backward(self, part: Action, gradient: Tensor | None, is_last: bool) -> None:
+        stage, _ = self._of(part)
+        splits = self._pipeline.schedule.splits
+        x, roots, gradients = self._live.pop((part.microbatch, part.chunk))
+        if gradient is not None:
+            gradients = [gradient, *gradients]
+        if splits:
+            stage.deferred.begin()
+        with self._gradients.writing(part.chunk, last=is_last, complete=not splits):
+            torch.autograd.backward(roots, gradients)
+        if splits:
+            self._kept[part.microbatch, part.chunk] = stage.deferred.end()
+        if x is not None:
+            assert x.grad is not None, "a stage uses what it is given"
+            self._borders.give(part, x.grad)
 
-    def wait_for_sends(self) -> None:
-        for transfer in self._sends:
-            transfer.wait()
-
-    def _received(self, action: Action) -> Tensor:
-        buffer, transfer = self._posted.pop(action)
-        transfer.wait()
-        return buffer
-
-    def _send(self, tensor: Tensor, action: Action) -> None:
-        to = self._group.rank + (1 if action.kind == FORWARD else -1)
-        # What has arrived need not be kept alive any longer.
-        self._sends = [transfer for transfer in self._sends if not transfer.done()]
-        self._sends.append(self._group.send(tensor.contiguous(), to, _tag(action)))
+    def _weight(self, part: Action, is_last: bool) -> None:
+        kept = self._kept.pop((part.microbatch, part.chunk))
+        deferred = {parameter for parameter, _ in kept}
+        with self._gradients.writing(part.chunk, last=is_last, deferred=deferred):
+            for parameter, compute in kept:
+                self._gradients.add(parameter, compute())
 
 
-def _tag(action: Action) -> int:
-    return 2 * action.microbatch + (action.kind == BACKWARD)
+def _last_writes(actions: Actions, splits: bool) -> set[Action]:
+    """The last action of each chunk that writes gradients."""
+    kind = WEIGHT if splits else BACKWARD
+    parts = [part for action in actions for part in action.parts if part.kind == kind]
+    return set({part.chunk: part for part in parts}.values())

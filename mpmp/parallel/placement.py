@@ -6,7 +6,7 @@ parameter's placement and nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from math import prod
 
@@ -17,19 +17,34 @@ from torch import Tensor, nn
 class Placement:
     """Where a shard lies in the tensor that the whole model knows by ``name``.
 
-    ``shape`` is the global shape, ``ranges`` the (start, stop) this rank holds of each dim, and
-    ``replicated`` the axes of the mesh along which other ranks hold the very same elements.
-    ``shared_by`` lists the pipeline stages that hold a copy (one, but for tied embeddings).
-    ``primary`` is true on exactly one rank per shard within each replica of the model: the copy
-    that counts in a norm and, in the first replica, the one that is written to a file.
+    ``shape`` is the global shape, ``ranges`` the (start, stop) this rank holds of each dim.
+    ``replicated`` are the axes of the mesh along which other ranks hold the very same elements and
+    ``copy`` this rank's index on each of them; along those in ``summed`` the copies see different
+    data, so that gradients are partial sums. ``shared_by`` lists the pipeline ranks that hold a
+    copy (one, but for a tied embedding), and ``is_later`` is true on all but the first of them.
     """
 
     name: str
     shape: tuple[int, ...]
     ranges: tuple[tuple[int, int], ...]
-    replicated: tuple[str, ...] = ("data",)
+    replicated: tuple[str, ...] = ()
+    copy: tuple[int, ...] = ()
+    summed: tuple[str, ...] = ()
     shared_by: tuple[int, ...] = ()
-    primary: bool = True
+    is_later: bool = False
+
+    @property
+    def primary(self) -> bool:
+        """Whether this is the copy that counts in a norm and is written to a file.
+
+        True on exactly one rank of the world for each shard.
+        """
+        return self.counts(())
+
+    def counts(self, pieces: Collection[str]) -> bool:
+        """Whether this copy counts where each rank along ``pieces`` has a piece of the shard."""
+        at = zip(self.replicated, self.copy, strict=True)
+        return not self.is_later and not any(index for axis, index in at if axis not in pieces)
 
     @property
     def local_shape(self) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ import torch
 from mpmp.checkpoint import load, manifest, save
 from mpmp.checkpoint.blocks import BlockWriter
 from mpmp.checkpoint.folder import read_manifest
+from mpmp.config import parse_layout
 from mpmp.errors import CheckpointError
 
 SHARD = "shard_pp000_tp000.safetensors"
@@ -235,7 +236,9 @@ FORGERIES: dict[str, Callable[[dict[str, Any]], object]] = {
     "shard above": lambda c: c["shards"].update({"../x.safetensors": shard(c)}),
     "only a shard above": lambda c: c.update(shards={f"../step_00000010/{SHARD}": shard(c)}),
     "absolute shard": lambda c: c.update(shards={f"/etc/{SHARD}": shard(c)}),
-    "shard of another rank": lambda c: c["shards"].update({manifest.shard_name(0, 1): shard(c)}),
+    "shard of another rank": lambda c: c["shards"].update(
+        {manifest.shard_name({"pipeline": 0, "tensor": 1}, parse_layout("dp1.tp2")): shard(c)}
+    ),
     "size is a fraction": lambda c: shard(c).update(bytes=1.5),
     "huge size": lambda c: shard(c).update(bytes=1 << 80),
     "large size": lambda c: shard(c).update(bytes=1 << 50),

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpmp.parallel import counter
+from mpmp.parallel.dropout import Dropout
 
 
 def splitmix(x):
@@ -58,6 +59,31 @@ def test_elements_are_numbered_in_the_whole_tensor(shape, data):
     assert torch.equal(whole.flatten(), torch.arange(whole.numel()))
     part = counter.element_index(tuple(shape), tuple(ranges))
     assert torch.equal(part, whole[tuple(slice(*one) for one in ranges)])
+    places = [torch.arange(*one) for one in ranges]
+    assert torch.equal(counter.element_index(tuple(shape), places), part)
+    backwards = [(one.flip(0) if place % 2 else one) for place, one in enumerate(places)]
+    mixed = counter.element_index(tuple(shape), backwards)
+    assert torch.equal(mixed, part.flip([dim for dim in range(part.ndim) if dim % 2]))
+
+
+def test_masks_of_scattered_places_are_those_of_the_whole():
+    """What a rank of a context group holds: an early and a late piece of each sequence."""
+    dropout, samples = Dropout(0.4, 3, "here"), torch.tensor([4, 0])
+    x = torch.rand(2, 9, 6)
+    whole = dropout(x, samples, (9, 6), ((0, 9), (0, 6)))
+    held = torch.tensor([0, 1, 7, 8])
+    assert torch.equal(
+        dropout(x[:, held, 2:5], samples, (9, 6), (held, (2, 5))), whole[:, held, 2:5]
+    )
+    assert 0.2 < float((whole == 0).double().mean()) < 0.6
+    assert torch.equal(whole != 0, dropout.kept(samples, (9, 6), ((0, 9), (0, 6))))
+    assert dropout(x, None, (9, 6), ((0, 9), (0, 6))) is x
+
+
+def test_an_index_is_left_as_it_was():
+    index = torch.arange(5)
+    counter.bits(3, index), counter.keep(3, index, 0.5)
+    assert torch.equal(index, torch.arange(5))
 
 
 @given(st.integers(1, 3000), st.integers(-(2**63), 2**63 - 1))

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.functional import linear
 
 import mpmp
-from mpmp.parallel import adjoints
+from mpmp.parallel import adjoints, products
+from mpmp.parallel.deferred import Deferred
+from mpmp.parallel.products import Use, Way
 from mpmp.programs.partition import partition
 
 LIMIT = 1e-12
@@ -93,32 +96,103 @@ def test_movements_put_things_where_they_belong(group, dim):
 
 # --- movements in one with the product beside them ------------------------------------------------
 
+PRODUCTS = {
+    # way -> kinds of the input and the output of a column's and of a row's product
+    False: {"column": ("replicated", "partial"), "row": ("partial", "replicated")},
+    True: {"column": ("sharded", "partial"), "row": ("partial", "sharded")},
+}
 
-def products(group, dtype, fused):
-    """Forward and gradients of both products, by the fused functions or by their two halves."""
+
+def product_of(name, group, sequence, dtype=torch.float64):
+    """A function of (B, T, D), cut over T or not, by fixed weights of this rank alone."""
+    generator = torch.Generator().manual_seed(100 + group.rank)
+    first, second = (
+        nn.Parameter(torch.randn(5, LENGTH, dtype=torch.float64, generator=generator).to(dtype))
+        for _ in range(2)
+    )
+    way = Way(group, Deferred(), sequence)
+    if name == "row":
+        return lambda x: products.row(x, Use(first), way), [first]
+    uses = [Use(first), Use(second, rows=(1, 4))]
+    return lambda x: torch.cat(products.column(x, uses, way, LENGTH), dim=-1), [first, second]
+
+
+def value(kind, group, shape, seed):
+    """A random (B, T, D): equal on all ranks only where it is replicated, cut over T if sharded."""
+    rank = 0 if kind == "replicated" else group.rank
+    generator = torch.Generator().manual_seed(1000 * seed + rank)
+    start, stop = partition(LENGTH, group.size)[group.rank]
+    time = stop - start if kind == "sharded" else LENGTH
+    return torch.randn(2, time, shape, dtype=torch.float64, generator=generator)
+
+
+def product_error(name, group, sequence):
+    kind_in, kind_out = PRODUCTS[sequence][name]
+    function, _ = product_of(name, group, sequence)
+    x = value(kind_in, group, LENGTH, 1).requires_grad_()
+    moved = function(x)
+    y = value(kind_out, group, moved.shape[-1], 2)
+    (back,) = torch.autograd.grad(moved, x, y)
+    left = inner(kind_out, moved.detach(), y, group)
+    right = inner(kind_in, x.detach(), back, group)
+    return abs(left - right) / max(abs(left), abs(right))
+
+
+@pytest.mark.parametrize("sequence", (False, True), ids=("whole", "pieces"))
+@pytest.mark.parametrize("name", ("column", "row"))
+def test_a_product_with_its_movement_has_the_adjoint_as_backward(group, name, sequence):
+    assert product_error(name, group, sequence) <= LIMIT
+
+
+@pytest.mark.ranks(2, 3, 4)
+@pytest.mark.parametrize("sequence", (False, True), ids=("whole", "pieces"))
+@pytest.mark.parametrize("name", ("column", "row"))
+def test_a_wrong_backward_of_a_product_is_found(group, name, sequence, monkeypatch):
+    function = getattr(products, f"_{name.title()}")
+    right = function.backward
+
+    def wrong(ctx, *grads):
+        gradient, *rest = right(ctx, *grads)
+        return (gradient / group.size, *rest)
+
+    monkeypatch.setattr(function, "backward", staticmethod(wrong))
+    assert product_error(name, group, sequence) > 1e-3
+
+
+def both(group, dtype, sequence, fused):
+    """Forward and gradients of a column's and a row's product, in one or by their halves."""
     own = slice(*partition(LENGTH, group.size)[group.rank])
     generator = torch.Generator().manual_seed(7)
-    x, weight, bias, out = (
+    x, weight, bias, last, out = (
         torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype)
-        for shape in ((2, 3, LENGTH), (LENGTH, LENGTH), (LENGTH,), (2, 3, LENGTH))
+        for shape in ((2, LENGTH, LENGTH), (LENGTH, LENGTH), (LENGTH,), (LENGTH,), (2, LENGTH, 7))
     )
+    x, out = (one[:, own].contiguous() if sequence else one for one in (x, out))
     x.requires_grad_()
-    column, row = weight[own].clone().requires_grad_(), weight[:, own].clone().requires_grad_()
-    bias = bias[own].clone().requires_grad_()
+    column, row = (nn.Parameter(one.clone()) for one in (weight[own], weight[:, own]))
+    bias, last = nn.Parameter(bias[own].clone()), nn.Parameter(last)
     if fused:
-        hidden = adjoints.replicate_linear(x, column, bias, group)
-        y = adjoints.linear_allreduce(hidden, row, group)
+        way = Way(group, Deferred(), sequence)
+        (hidden,) = products.column(x, [Use(column, bias)], way, LENGTH)
+        y = products.row(hidden, Use(row, last), way)
+    elif sequence:
+        hidden = linear(adjoints.allgather(x, group, LENGTH, 1), column, bias)
+        y = adjoints.reduce_scatter(linear(hidden, row), group, 1) + last
     else:
         hidden = linear(adjoints.replicate(x, group), column, bias)
-        y = adjoints.allreduce(linear(hidden, row), group)
+        y = adjoints.allreduce(linear(hidden, row), group) + last
     y.backward(out.to(y.dtype))
-    return [y.detach(), *(one.grad for one in (x, column, bias, row))]
+    if sequence and not fused:  # of the piece only, where the product sees all of it
+        last.grad = group.allreduce(last.grad)
+    return [y.detach(), *(one.grad for one in (x, column, bias, row, last))]
 
 
+@pytest.mark.parametrize("sequence", (False, True), ids=("whole", "pieces"))
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32))
-def test_products_in_one_with_their_movement_equal_the_two_apart(group, dtype):
+def test_products_in_one_with_their_movement_equal_the_two_apart(group, dtype, sequence):
     limit = 1e-12 if dtype is torch.float64 else 1e-5
-    for one, other in zip(products(group, dtype, True), products(group, dtype, False), strict=True):
+    fused, apart = (both(group, dtype, sequence, how) for how in (True, False))
+    for one, other in zip(fused, apart, strict=True):
         assert one.dtype == other.dtype and one.shape == other.shape
         assert (one - other).abs().max() <= limit * other.abs().max()
 
@@ -127,17 +201,17 @@ def test_products_follow_autocast(group):
     """Which takes float32 for bfloat16, and leaves float64 as it is."""
     for dtype, expected in ((torch.float32, torch.bfloat16), (torch.float64, torch.float64)):
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            fused, apart = products(group, dtype, True), products(group, dtype, False)
-        assert fused[0].dtype == apart[0].dtype == expected
+            fused, apart = (both(group, dtype, False, how) for how in (True, False))
+        assert fused[0].dtype == expected
         for one, other in zip(fused, apart, strict=True):
-            assert one.dtype == other.dtype
             assert (one - other).abs().max() <= 0.05 * other.abs().max()
+        assert all(one.dtype == dtype for one in fused[1:])
 
 
 def test_what_is_frozen_costs_no_gradient(group, monkeypatch):
     """Nor a sum over the group, where what was replicated needs none."""
-    x, weight = torch.ones(2, 3), torch.ones(4, 3, requires_grad=True)
-    y = adjoints.replicate_linear(x, weight, None, group)
-    monkeypatch.setattr(adjoints, "_product_summed", None)
+    x, weight = torch.ones(1, 2, 3), nn.Parameter(torch.ones(4, 3))
+    (y,) = products.column(x, [Use(weight)], Way(group, Deferred()), 2)
+    monkeypatch.setattr(products, "_summed", None)
     y.sum().backward()
     assert x.grad is None and bool((weight.grad == 2).all())

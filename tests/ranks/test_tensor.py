@@ -7,22 +7,30 @@ import torch
 from torch.nn import functional as F
 
 import mpmp
+from mpmp.parallel.cross_entropy import vocab_parallel_cross_entropy
 from mpmp.parallel.maker import Maker
 from mpmp.parallel.merge import merge
 from mpmp.parallel.placement import placed_parameters
+from mpmp.parallel.stage import NOT_COUNTED
 from mpmp.parallel.tensor import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
-    vocab_parallel_cross_entropy,
+    columns,
 )
+from mpmp.programs.partition import partition
 
-LIMIT = 1e-13
+LIMIT, TIME = 1e-13, 7
 
 
 @pytest.fixture(scope="module")
-def make(world):
-    return Maker(mpmp.mesh(tensor=world.size), seed=3, dtype=torch.float64)
+def mesh(world):
+    return mpmp.mesh(tensor=world.size)
+
+
+@pytest.fixture(params=(False, True), ids=("whole", "pieces"))
+def make(mesh, request):
+    return Maker(mesh, seed=3, dtype=torch.float64, sequence=request.param)
 
 
 def randn(*shape, seed=0):
@@ -31,52 +39,92 @@ def randn(*shape, seed=0):
 
 
 def whole(module, make):
-    """All weights of a module, and its gradients, on every rank."""
+    """All weights of a module, and its gradients (summed as buckets would), on every rank."""
     found = []
     for kind in ("data", "grad"):
-        shards = {p.name: (p, getattr(one, kind)) for p, one in placed_parameters(module)}
+        shards = {}
+        for placement, one in placed_parameters(module):
+            tensor = getattr(one, kind).contiguous()
+            if kind == "grad":
+                tensor = make.mesh.sum_group(placement).allreduce(tensor)
+            shards[placement.name] = placement, tensor
         merged = merge(shards, make.mesh)
-        names = [p.name for p, _ in placed_parameters(module)]
-        shapes = {p.name: p.shape for p, _ in placed_parameters(module)}
-        found.append(
-            {
-                name: make.mesh.everyone.broadcast(
-                    merged.get(name, torch.empty(shapes[name], dtype=torch.float64))
-                )
-                for name in names
-            }
-        )
+        found.append({})
+        for name, (placement, _) in shards.items():
+            there = merged.get(name, torch.empty(placement.shape, dtype=torch.float64))
+            found[-1][name] = make.mesh.everyone.broadcast(there)
     return found
+
+
+def piece(x, make):
+    """What this rank holds of (B, T, ...) between cut layers."""
+    if not make.sequence:
+        return x
+    start, stop = partition(x.shape[1], make.tensor.size)[make.tensor.rank]
+    return x[:, start:stop].contiguous()
 
 
 def close(a, b):
     return float((a - b).abs().max()) <= LIMIT * max(1.0, float(b.abs().max()))
 
 
-@pytest.mark.parametrize("hidden", (8, 10, 7))
+@pytest.mark.parametrize("bias", (True, False), ids=("bias", "none"))
+@pytest.mark.parametrize("hidden", (8, 7))
 @pytest.mark.parametrize("blocks", (1, 3))
-def test_column_then_row_is_two_linears(make, hidden, blocks):
-    column = ColumnParallelLinear(make, "up", 5, hidden, std=0.5, blocks=blocks)
-    row = RowParallelLinear(make, "down", hidden, 6, std=0.5)
+def test_column_then_row_is_two_linears(make, hidden, blocks, bias):
+    column = ColumnParallelLinear(make, "up", 5, hidden, std=0.5, blocks=blocks, bias=bias)
+    row = RowParallelLinear(make, "down", hidden, 6, std=0.5, bias=bias)
     for one in (*column.parameters(), *row.parameters()):
-        if one.dim() == 1 or "bias" in one.placement.name:
+        if "bias" in one.placement.name:
             one.data += 0.1  # a bias of zero would hide that it is added on every rank
-    x = randn(4, 5).requires_grad_()
-    y = row(column(x).unflatten(-1, (blocks, -1)).sum(-2).tanh())
-    grad = randn(4, 6, seed=1)
-    y.backward(grad)
+    x = randn(2, TIME, 5)
+    own = piece(x, make).requires_grad_()
+    y = row(column(own, TIME).unflatten(-1, (blocks, -1)).sum(-2).tanh())
+    grad = randn(2, TIME, 6, seed=1)
+    y.backward(piece(grad, make))
 
     weights, gradients = zip(whole(column, make), whole(row, make), strict=True)
     plain = {name: one.requires_grad_() for part in weights for name, one in part.items()}
-    z = x.detach().requires_grad_()
-    inner = F.linear(z, plain["up.weight"].flatten(0, -2), plain["up.bias"].flatten())
+    x.requires_grad_()
+    first, last = plain.get("up.bias"), plain.get("down.bias")
+    inner = F.linear(
+        x, plain["up.weight"].flatten(0, -2), first if first is None else first.flatten()
+    )
     inner = inner.unflatten(-1, (blocks, -1)).sum(-2).tanh()
-    expected = F.linear(inner, plain["down.weight"], plain["down.bias"])
+    expected = F.linear(inner, plain["down.weight"], last)
     expected.backward(grad)
-    assert close(y, expected) and close(x.grad, z.grad)
+    assert close(y, piece(expected, make)) and close(own.grad, piece(x.grad, make))
     for part in gradients:
         for name, gradient in part.items():
             assert close(gradient, plain[name].grad), name
+
+
+def test_rows_of_a_weight_that_is_whole_on_all_ranks(make):
+    """As of KV heads that several ranks read: each rank's gradient is a part of the whole's."""
+    rank, size = make.tensor.rank, make.tensor.size
+    rows = (min(rank, 2), min(rank, 2) + 2)  # ranks share rows
+    layer = ColumnParallelLinear(make, "kv", 3, 4, std=0.5, blocks=2, rows=rows)
+    x = randn(1, TIME, 3)
+    own = piece(x, make).requires_grad_()
+    layer(own, TIME).sum().backward()
+    (weights, gradients) = whole(layer, make)
+    weight, bias = (weights[f"kv.{kind}"].requires_grad_() for kind in ("weight", "bias"))
+    x.requires_grad_()
+    for one in range(size):
+        start = min(one, 2)
+        used = weight[:, start : start + 2].flatten(0, -2), bias[:, start : start + 2].flatten()
+        F.linear(x, *used).sum().backward()
+    assert close(own.grad, piece(x.grad, make))
+    assert close(gradients["kv.weight"], weight.grad) and close(gradients["kv.bias"], bias.grad)
+
+
+def test_several_layers_on_one_input(make):
+    layers = [ColumnParallelLinear(make, name, 3, 5, std=0.5) for name in ("a", "b")]
+    own = piece(randn(2, TIME, 3), make).requires_grad_()
+    (apart,) = torch.autograd.grad(sum(layer(own, TIME).sin().sum() for layer in layers), own)
+    together = sum(one.sin().sum() for one in columns(own, TIME, *layers))
+    (found,) = torch.autograd.grad(together, own)
+    assert close(found, apart)
 
 
 @pytest.mark.parametrize("vocabulary", (12, 13))
@@ -84,7 +132,8 @@ def test_embedding_and_output_layer_share_a_cut_table(make, vocabulary):
     table = VocabParallelEmbedding(make, "table", vocabulary, 4, std=1.0)
     tokens = torch.arange(vocabulary).flip(0).view(1, -1)
     targets = (tokens + 1) % vocabulary
-    losses = table.token_losses(table(tokens), targets)
+    targets[0, 3] = NOT_COUNTED
+    losses = table.losses(table(tokens), targets)
     losses.sum().backward()
 
     (weights, gradients) = whole(table, make)
@@ -93,18 +142,18 @@ def test_embedding_and_output_layer_share_a_cut_table(make, vocabulary):
     logits = F.linear(hidden, plain)
     expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     expected.sum().backward()
-    assert close(losses.flatten(), expected)
+    assert close(losses.flatten(), expected) and float(losses[0, 3]) == 0
     assert close(gradients["table.weight"], plain.grad)
-    assert close(table.all_logits(hidden.detach()), logits)
+    assert close(table.all_logits(piece(hidden.detach(), make), vocabulary), logits)
 
 
 @pytest.mark.parametrize("scale", (1.0, 300.0), ids=("small", "large"))
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16))
-def test_cross_entropy_of_cut_logits(make, scale, dtype):
+def test_cross_entropy_of_cut_logits(mesh, scale, dtype):
     """Large logits would overflow without the maximum taken over all ranks."""
-    group, vocabulary = make.tensor, 11
+    group, vocabulary = mesh.tensor, 11
     logits = (randn(2, 3, vocabulary) * scale).to(dtype)
-    start, stop = make.cut(vocabulary)
+    start, stop = partition(vocabulary, group.size)[group.rank]
     own = logits[..., start:stop].contiguous().requires_grad_()
     targets = torch.tensor([[0, 5, 10], [3, 4, 9]])
     losses = vocab_parallel_cross_entropy(own, targets, start, group)
