@@ -1,18 +1,21 @@
-"""Prove a layout: ``mpirun -n 8 python -m mpmp.verify --layout dp2.pp2.tp2`` (or ``--layout all``).
+"""Prove a layout: ``mpirun -n 8 python -m mpmp.verify --layout dp2.pp2.tp2``.
 
 The same model is trained for some steps in the layout and in one process on rank 0, in float64;
 loss, every gradient and every weight must agree to 1e-10. Ends with 0, or with 1 and the name of
-the first tensor that is wrong. ``all`` proves every factorisation of the ranks that were started.
+the first tensor that is wrong. ``--layout all`` proves every factorisation of the ranks that were
+started over data, pipeline, context and tensor; ``--suite`` also every schedule, ZeRO, sequence
+parallelism, experts, every model and uneven cases, and ``--table FILE`` writes down what it found.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import sys
+from dataclasses import dataclass
+from pathlib import Path
 
 from mpmp import commands
 from mpmp.config import Config, Model, Train
-from mpmp.programs.partition import factorisations
+from mpmp.errors import ConfigError
 
 LIMIT = 1e-10
 STEPS = 3
@@ -24,56 +27,78 @@ DEFAULT = Config(
 """Small, with eight layers and eight heads, so that every cut of eight ranks exists."""
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What is to be proved: one layout, every factorisation, or the whole suite."""
+
+    rows: str = "one"
+    table: str | None = None
+
+
 def main() -> None:
     """Parse the command line, then compare; MPI is imported only in between."""
-    every, arguments = _take_all(sys.argv[1:])
+    with commands.guarded():
+        asked, arguments = _take_own(sys.argv[1:])
     config = commands.parse("mpmp.verify", __doc__ or "", DEFAULT, arguments)
     with commands.guarded():
         from mpmp.comm import ending
 
-    ending.run(lambda: verify(config, every))
+    ending.run(lambda: verify(config, asked))
 
 
-def _take_all(arguments: list[str]) -> tuple[bool, list[str]]:
-    """Whether ``--layout all`` is among the arguments, and the others."""
-    for at, argument in enumerate(arguments):
-        for words in (["--layout=all"], ["--layout", "all"]):
-            if argument == words[0] and arguments[at : at + len(words)] == words:
-                return True, arguments[:at] + arguments[at + len(words) :]
-    return False, arguments
+def _take_own(arguments: list[str]) -> tuple[Asked, list[str]]:
+    """What the flags that only this command has ask for, and the other arguments."""
+    rows, table, rest = "one", None, []
+    words = [part for one in arguments for part in _parted(one)]
+    while words:
+        word = words.pop(0)
+        if word == "--suite":
+            rows = "suite"
+        elif word == "--table":
+            if not words:
+                raise ConfigError("--table needs the name of a file")
+            table = words.pop(0)
+        elif word == "--layout" and words[:1] == ["all"]:
+            rows = "all" if rows == "one" else rows
+            words.pop(0)
+        else:
+            rest.append(word)
+    return Asked(rows, table), rest
 
 
-def verify(config: Config, every: bool) -> None:
-    """Compare one layout, or all that the world and the model allow, and print a line for each."""
-    from mpmp.job import setup
-    from mpmp.job.compare import compare
+def _parted(argument: str) -> list[str]:
+    flag, has_value, value = argument.partition("=")
+    return [flag, value] if has_value and flag in ("--layout", "--table") else [argument]
+
+
+def verify(config: Config, asked: Asked) -> None:
+    """Compare what was asked for, and print a line for each."""
+    from mpmp.job import proof, setup
+    from mpmp.job.compare import Comparison, compare
 
     world = setup.begin(config)
-    batches = setup.read_batches(config, world)
-    for one in _layouts(config, world.size) if every else [config]:
+    named: list[tuple[str, Config]]
+    if asked.rows == "one":
+        named = [("", config)]
+    else:
+        rows = proof.factored if asked.rows == "all" else proof.suite
+        named = [(str(row), row.of(config)) for row in rows(world.size, config)]
+    results: dict[str, Comparison] = {}
+    corpus = setup.read_corpus(config, world)
+    for name, one in named:
         mesh = setup.make_mesh(one, world)
+        batches = setup.make_batches(one, corpus)
         result = compare(one, mesh, batches, one.train.steps or STEPS, LIMIT)
+        results[name or mesh.layout] = result
         if world.rank == 0:
             print(
-                f"verify {result.layout}: {result}   weights sha256 {result.weights_sha256[:16]}"
-                f"   batches sha256 {result.batches_sha256[:16]}",
+                f"verify {name or mesh.layout}: {result}   weights sha256 "
+                f"{result.weights_sha256[:16]}   batches sha256 {result.batches_sha256[:16]}",
                 flush=True,
             )
         mesh.free()
-
-
-def _layouts(config: Config, world: int) -> list[Config]:
-    model = config.model
-    return [
-        dataclasses.replace(
-            config,
-            parallel=dataclasses.replace(
-                config.parallel, data=data, pipeline=pipeline, tensor=tensor
-            ),
-        )
-        for data, pipeline, tensor in factorisations(world, 3)
-        if pipeline <= model.layers and tensor <= model.heads
-    ]
+    if world.rank == 0 and asked.table is not None:
+        proof.write_table(Path(asked.table), world.size, results, LIMIT)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,8 @@ def compare(config: Config, mesh: Mesh, batches: Batches, steps: int, limit: flo
     start = merge(ours.weights(), mesh)
     if mesh.world.rank == 0:
         result.weights_sha256 = digest(start)
-        alone = replace(config, parallel=Parallel(data=1, schedule=config.parallel.schedule))
+        train = replace(config.train, recompute="none", compile=False)
+        alone = replace(config, parallel=Parallel(data=1), train=train)
         theirs = Training(alone, Mesh.single(mesh.world), batches)
         _note_all(result, "initial weight", start, _plain(theirs.weights()), limit)
     for number in range(steps):

@@ -22,9 +22,9 @@ from mpmp.job.sample import sample
 from mpmp.job.shares import Shares, Stopwatch
 from mpmp.job.training import Step, Training
 from mpmp.parallel.merge import digest, merge
-from mpmp.parallel.placement import placed_parameters
 
 _PROMPT = "def "
+_NAMES = {"gpt": "GPT", "llama": "LLaMA", "bert": "BERT", "mlp": "MLP"}
 
 
 def train(config: Config) -> None:
@@ -103,7 +103,8 @@ class Run:
         of = "" if train.steps is None else f"/{train.steps}"
         self.show.progress(
             number,
-            f"step {number}{of}  loss {step.loss:.6f}  norm {step.norm:.3f}  "
+            f"step {number}{of}  loss {step.loss:.6f}  "
+            f"{'overflow, skipped' if step.skipped else f'norm {step.norm:.3f}'}  "
             f"{speed:,.0f} tokens/s  communication {lap.part(lap.communication_s):.0%}  "
             f"bubble {lap.part(lap.bubble_s):.0%}  eta {duration(max(0.0, left_s))}",
             last=number == train.steps,
@@ -112,7 +113,7 @@ class Run:
             event="step",
             step=number,
             loss=step.loss,
-            norm=step.norm,
+            norm=None if step.skipped else step.norm,
             learning_rate=step.rate,
             tokens_per_s=speed,
             communication=lap.part(lap.communication_s),
@@ -122,6 +123,10 @@ class Run:
 
     def _validate(self, number: int) -> None:
         nats = self.training.validate()
+        if self.training.objective.masked:
+            self.show.line(f"validation after step {number}: {nats:.4f} nats per masked token")
+            self.metrics.write(event="validation", step=number, nats=nats)
+            return
         bits = bits_per_byte(nats, self.training.batches)
         beside = ", ".join(f"{name} {score.bits:.3f}" for name, score in self.baselines.items())
         self.show.line(
@@ -173,7 +178,6 @@ class Run:
         merged = merge(self.training.weights(), self.mesh)
         path = self.folder / "model.safetensors"
         metadata = {"format": "pt", "mpmp": mpmp.__version__, "step": str(number)}
-
         checkpoint.export(path, merged, metadata, self.mesh)
         sha256 = on_first("hash the model", lambda: digest(merged), self.mesh)
         self.show.line(f"merged model in {path}, weights sha256 {sha256[:16]}")
@@ -182,12 +186,13 @@ class Run:
 
     def _head(self) -> None:
         world, corpus = self.mesh.world, self.training.batches.corpus
-        own = sum(place.numel for place, _ in placed_parameters(self.training.stage))
-        primary = sum(
-            place.numel for place, _ in placed_parameters(self.training.stage) if place.primary
-        )
-        whole = int(self.mesh.model.allreduce(torch.tensor([primary])))
+        pieces = self.training.pieces
+        own = sum(piece.parameter.numel() for piece in pieces)
+        counted = sum(piece.parameter.numel() for piece in pieces if piece.counts)
+        whole = int(self.mesh.everyone.allreduce(torch.tensor([counted])))
         model = self.config.model
+        # What was measured once may be cut otherwise next time; a resumed run needs the same.
+        cut = f" cut {self.training.cut}" if self.config.parallel.cut == "measured" else ""
         sha256 = self._weights_sha256()
         found = on_first("score the baselines", self._score_baselines, self.mesh)
         self.baselines = {name: Score(*score) for name, score in found.items()}
@@ -198,14 +203,14 @@ class Run:
             f"torch {torch.__version__}, {self._device()}, {self.config.train.dtype}"
         )
         self.show.line(
-            f"model: GPT of {whole:,} parameters ({own:,} on this rank), {model.layers} layers, "
-            f"{model.heads} heads, width {model.width}, context {model.context}, "
-            f"weights sha256 {sha256[:16]}"
+            f"model: {_NAMES[model.kind]} of {whole:,} parameters ({own:,} on this rank), "
+            f"{model.layers} layers{cut}, {model.heads} heads, width {model.width}, "
+            f"context {model.context}, weights sha256 {sha256[:16]}"
         )
         self.show.line(
             f"text: {corpus.name}, {len(corpus.train):,} tokens to learn from, "
-            f"{len(corpus.validation):,} to validate on, vocabulary {corpus.vocabulary}; "
-            f"bits per byte to beat: {beside}"
+            f"{len(corpus.validation):,} to validate on, vocabulary {corpus.vocabulary}"
+            + (f"; bits per byte to beat: {beside}" if beside else "")
         )
         self.show.line(f"run: {self.folder}")
         self.metrics.write(
@@ -220,6 +225,8 @@ class Run:
         )
 
     def _score_baselines(self) -> dict[str, tuple[float, float]]:
+        if self.training.objective.masked:  # they foretell the next token, which is not asked
+            return {}
         found = baselines(self.training.batches)
         return {name: (score.nats, score.bits) for name, score in found.items()}
 
@@ -234,7 +241,7 @@ class Run:
         return str(on_first("hash the model", lambda: digest(merged), self.mesh))
 
     def _sample(self) -> None:
-        if self.config.train.sample_tokens == 0:
+        if self.config.train.sample_tokens == 0 or self.training.objective.masked:
             return
         text = sample(
             self.training, _PROMPT, self.config.train.sample_tokens, self.config.model.seed

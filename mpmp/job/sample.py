@@ -17,23 +17,26 @@ _TEMPERATURE = 0.8
 @torch.no_grad()
 def sample(training: Training, prompt: str, num_tokens: int, seed: int) -> str:
     """The prompt and ``num_tokens`` drawn tokens as text, the same on every rank."""
-    tokenizer = training.batches.corpus.tokenizer
-    group, device = training.mesh.pipeline, training.mesh.world.device
+    tokenizer, mesh = training.batches.corpus.tokenizer, training.mesh
     ids = [int(one) for one in tokenizer.encode(prompt)] or [tokenizer.end_of_text or 0]
     key = counter.key_of(seed, "sample")
     context = training.config.model.context
-    for number in range(num_tokens):
-        # Filled up behind, where nobody attends to it: messages of one length need one plan.
-        recent = ids[-context:]
-        window = torch.tensor([recent + [0] * (context - len(recent))], device=device)
-        hidden = training.pipeline.hidden(window)
-        token = torch.zeros(1, dtype=torch.int64, device=device)
-        if training.mesh.is_last_stage:
-            last = hidden[:, len(recent) - 1 : len(recent)]
-            logits = training.stage.logits(last)[0, 0].double() / _TEMPERATURE
-            index = number * len(logits) + torch.arange(len(logits), device=device)
-            # The largest of logits + Gumbel noise is a draw from their softmax.
-            gumbel = -torch.log(-torch.log(counter.uniform(key, index).clamp_min(1e-300)))
-            token[0] = (logits + gumbel).argmax()
-        ids.append(int(group.broadcast(token, root=group.size - 1)))
+    with training.sharded.whole():
+        for number in range(num_tokens):
+            # Filled up behind, where nobody attends to it: messages of one length need one plan.
+            recent = ids[-context:]
+            window = recent + [0] * (context - len(recent))
+            logits = training.next_logits(window, len(recent) - 1)
+            token = torch.zeros(1, dtype=torch.int64)
+            if logits is not None and mesh.tensor.rank == 0:
+                token[0] = _draw(logits.double() / _TEMPERATURE, key, number)
+            # One rank of the model has drawn it, and the others add nothing.
+            ids.append(int(mesh.model.allreduce(token)))
     return tokenizer.decode(ids)
+
+
+def _draw(logits: torch.Tensor, key: int, number: int) -> int:
+    """The largest of logits + Gumbel noise is a draw from their softmax."""
+    index = number * len(logits) + torch.arange(len(logits), device=logits.device)
+    gumbel = -torch.log(-torch.log(counter.uniform(key, index).clamp_min(1e-300)))
+    return int((logits + gumbel).argmax())

@@ -47,18 +47,23 @@ def make_mesh(config: Config, world: World) -> Mesh:
     parallel = config.parallel
     return Mesh.over(
         world,
-        data=parallel.data,
-        pipeline=parallel.pipeline,
-        tensor=parallel.tensor,
+        **parallel.axes,
+        zero=parallel.zero,
+        sequence=parallel.sequence,
         settings=config.comm,
     )
 
 
-def read_batches(config: Config, world: World) -> Batches:
-    """Every rank's own reading of the corpus, seen to be the same everywhere."""
+def read_corpus(config: Config, world: World) -> Corpus:
+    """Every rank's own reading of the text, seen to be the same everywhere."""
     corpus = load(config.data)
     agree(world, f"text in {corpus.name}", corpus.sha256)
-    return make_batches(config, corpus)
+    return corpus
+
+
+def read_batches(config: Config, world: World) -> Batches:
+    """The batches of the text that every rank has read."""
+    return make_batches(config, read_corpus(config, world))
 
 
 def make_batches(config: Config, corpus: Corpus) -> Batches:

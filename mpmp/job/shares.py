@@ -44,6 +44,6 @@ class Stopwatch:
 
     def _read(self) -> tuple[float, float, float]:
         mesh = self._training.mesh
-        groups = (mesh.tensor, mesh.model, mesh.everyone)
-        communication = sum(group.spent_s for group in groups) + self._training.buckets.exposed_s
+        groups = (mesh.tensor, mesh.context, mesh.expert, mesh.model, mesh.everyone)
+        communication = sum(group.spent_s for group in groups) + self._training.sharded.exposed_s
         return time.perf_counter(), communication, mesh.pipeline.spent_s

@@ -1,7 +1,7 @@
 """One training step, and what it needs, built from a configuration on a mesh.
 
     rows of the global batch -> microbatches -> pipeline (forward, backward, buckets summed)
-        -> global norm, clip -> optimiser on own shards -> one small sum of metrics
+        -> global norm, clip -> optimiser on own pieces -> one small sum of metrics
 
 train and verify take the same step; nothing here knows which of them it serves.
 """
@@ -9,10 +9,7 @@ train and verify take the same step; nothing here knows which of them it serves.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from math import isfinite
 
 import torch
@@ -21,14 +18,18 @@ from torch import Tensor
 from mpmp.comm.mesh import Mesh
 from mpmp.config import Config
 from mpmp.data.loader import Batches
+from mpmp.data.objective import Objective, Sequences
 from mpmp.errors import CheckpointError, LayoutError, NotFiniteError
-from mpmp.models.gpt import GPTStage
+from mpmp.job.assembly import arithmetic, assemble
 from mpmp.optim.adamw import learning_rate, make_optimizer
 from mpmp.optim.clip import clip_, global_norm
-from mpmp.parallel.data import GradientBuckets
-from mpmp.parallel.pipeline import Microbatch, Pipeline
-from mpmp.parallel.placement import Placement, placed_parameters
+from mpmp.optim.scale import LossScale
+from mpmp.parallel import zero
+from mpmp.parallel.pipeline import Pipeline
+from mpmp.parallel.placement import Placement
+from mpmp.parallel.stage import Microbatch
 from mpmp.programs.partition import partition
+from mpmp.programs.sequence import cut_sequence, positions
 
 Shards = dict[str, tuple[Placement, Tensor]]
 """This rank's shards by global name."""
@@ -43,6 +44,8 @@ class Step:
     rate: float
     elapsed_s: float
     """Seconds since training began, as rank 0 measured them."""
+    skipped: bool = False
+    """Whether 16-bit gradients overflowed: no weight has changed, the loss scale was halved."""
 
 
 class Training:
@@ -50,15 +53,20 @@ class Training:
 
     def __init__(self, config: Config, mesh: Mesh, batches: Batches) -> None:
         self.config, self.mesh, self.batches = config, mesh, batches
-        self.rows, self.cuts = _cut_batch(config, mesh)
-        dtype = torch.float64 if config.train.dtype == "float64" else torch.float32
-        self.stage = GPTStage(config.model, batches.corpus.vocabulary, mesh, dtype)
-        self.parameters = [parameter for _, parameter in placed_parameters(self.stage)]
-        self.buckets = GradientBuckets(self.parameters, mesh, config.parallel.bucket_mb * 1e6)
-        self.optimizer = make_optimizer(self.parameters, config.optimizer)
-        self.pipeline = Pipeline(
-            mesh, self.stage, config.parallel.schedule, _arithmetic(config, mesh)
+        self.objective = Objective(
+            batches, masked=config.model.kind == "bert", shortest=config.data.shortest
         )
+        self.rows, self.cuts = _cut_batch(config, mesh)
+        self.positions = self._own_positions()
+        made = assemble(config, mesh, self.objective.vocabulary, self._example)
+        self.schedule, self.stages, self.cut = made.schedule, made.stages, made.cut
+        self.sharded = zero.make(
+            self.stages, mesh, config.parallel.zero, config.parallel.bucket_mb * 1e6
+        )
+        self.pieces = self.sharded.pieces()
+        self.optimizer = make_optimizer(self.pieces, config.optimizer)
+        self.scale = LossScale(enabled=config.train.dtype == "float16")
+        self.pipeline = Pipeline(mesh, self.stages, self.schedule, arithmetic(config, mesh))
         self.began = time.perf_counter()
 
     def step(self, number: int, progress: float) -> Step:
@@ -67,93 +75,157 @@ class Training:
         Raises NotFiniteError on every rank alike where loss or norm is not finite; no weight has
         changed then.
         """
-        train = self.config.train
+        scale = self.scale.value
         loss = self.pipeline.train(
-            self._microbatches(number), train.batch * self.config.model.context, self.buckets
+            self._microbatches(number),
+            self.objective.counted(number),
+            self.config.train.batch,
+            self.sharded,
+            scale,
         )
-        norm = global_norm(self.parameters, self.mesh.model)
+        norm = float(global_norm(self.pieces, self.mesh.everyone))
         total, elapsed_s = self._agree(loss)
-        if not (isfinite(total) and isfinite(float(norm))):
+        rate = learning_rate(self.config.optimizer, number, progress)
+        if self.scale.enabled and isfinite(total) and not isfinite(norm):
+            self.scale.update(False)
+            return Step(total, norm, rate, elapsed_s, skipped=True)
+        if not (isfinite(total) and isfinite(norm)):
             raise NotFiniteError(
-                f"step {number}: the loss is {total} and the gradient norm {float(norm)}; "
+                f"step {number}: the loss is {total} and the gradient norm {norm / scale}; "
                 "lower --optimizer.learning-rate or use --train.dtype float32"
             )
-        clip_(self.parameters, norm, self.config.optimizer.clip)
-        rate = learning_rate(self.config.optimizer, number, progress)
+        self.scale.update(True)
+        clip_(self.pieces, norm, self.config.optimizer.clip, scale)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
-        return Step(total, float(norm), rate, elapsed_s)
+        self.sharded.step_done()
+        return Step(total, norm / scale, rate, elapsed_s)
 
     def validate(self) -> float:
         """Mean loss over the validation, nats per token, the same on every rank."""
-        device, mesh = self.mesh.world.device, self.mesh
-        total = torch.zeros((), dtype=torch.float64, device=device)
-        # Replicas take batches in turn.
-        for index in range(mesh.index["data"], self.batches.validation_batches, mesh.data.size):
-            inputs, targets = self.batches.validation(index)
-            total += self.pipeline.score(inputs.to(device), targets.to(device))
-        counted = total if mesh.tensor.rank == 0 else torch.zeros_like(total)
-        return float(mesh.everyone.allreduce(counted)) / self.batches.scored_tokens
+        mesh, batches = self.mesh, self.batches.validation_batches
+        total = torch.zeros((), dtype=torch.float64, device=mesh.world.device)
+        with self.sharded.whole():
+            # Replicas take batches in turn, and all as many: they may share experts.
+            for first in range(0, batches, mesh.data.size):
+                index = min(first + mesh.replica, batches - 1)
+                score = self.pipeline.score([self._own(self.objective.validation(index), False)])
+                if first + mesh.replica < batches and mesh.tensor.rank == 0:
+                    total += score
+        return float(mesh.everyone.allreduce(total)) / self.objective.scored()
+
+    @torch.no_grad()
+    def next_logits(self, tokens: list[int], at: int) -> Tensor | None:
+        """Logits (V) behind the token at ``at`` of one sequence as long as the context.
+
+        All ranks call it; it is there on the ranks that have that place and the last stage.
+        """
+        inputs = torch.tensor([tokens])
+        rows = Sequences(inputs, inputs, torch.zeros(1, dtype=torch.int64))
+        microbatch = self._own(rows, False)
+        hidden = self.pipeline.hidden(microbatch)
+        if hidden is None:
+            return None
+        assert self.pipeline.last is not None
+        logits = self.pipeline.last.logits(hidden, microbatch)
+        place = (self.positions == at).nonzero()
+        return logits[0, int(place)] if len(place) else None
+
+    # --- what it holds ----------------------------------------------------------------------------
 
     def weights(self) -> Shards:
-        """This rank's shard of each weight."""
-        return {place.name: (place, one.detach()) for place, one in placed_parameters(self.stage)}
+        """This rank's shard of each weight; all ranks together."""
+        return self.sharded.weights()
 
     def gradients(self) -> Shards:
         """This rank's shard of each gradient, summed over replicas (and clipped) after a step."""
-        shards: Shards = {}
-        for place, one in placed_parameters(self.stage):
-            assert one.grad is not None
-            shards[place.name] = (place, one.grad)
-        return shards
+        return self.sharded.gradients()
 
     def state(self) -> dict[str, Tensor]:
         """Everything a checkpoint must hold of this rank: weights and optimiser state."""
         state: dict[str, Tensor] = {}
-        for place, one in placed_parameters(self.stage):
-            state[f"weight/{place.name}"] = one.detach()
-            for key, value in self.optimizer.state.get(one, {}).items():
-                state[f"{key}/{place.name}"] = value
+        for piece in self.pieces:
+            name = _key(piece)
+            state[f"weight/{name}"] = piece.parameter.detach()
+            for key, value in self.optimizer.state.get(piece.parameter, {}).items():
+                state[f"{key}/{name}"] = value
+        for key, number in self.scale.state().items():
+            state[f"scale/{key}"] = torch.tensor(number, dtype=torch.float64)
         return state
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Take back what :meth:`state` gave, bit for bit; CheckpointError where it does not fit."""
         with torch.no_grad():
-            for place, one in placed_parameters(self.stage):
-                saved = state.get(f"weight/{place.name}")
+            for piece in self.pieces:
+                name, one = _key(piece), piece.parameter
+                saved = state.get(f"weight/{name}")
                 if saved is None or saved.shape != one.shape or saved.dtype != one.dtype:
                     there = "no such tensor" if saved is None else _kind(saved)
                     raise CheckpointError(
-                        f"the checkpoint is of another model: {place.name} is {_kind(one)} in this "
-                        f"run and {there} there; use its vocabulary, model and dtype"
+                        f"the checkpoint is of another model: {name} is {_kind(one)} in this "
+                        f"run and {there} there; use its vocabulary, model, dtype and settings of "
+                        "parallel"
                     )
                 one.copy_(saved)
-                moments = {}
-                for key in ("step", "exp_avg", "exp_avg_sq"):
-                    value = state[f"{key}/{place.name}"]
-                    moments[key] = value if key == "step" else value.to(one.device)
-                self.optimizer.state[one] = moments
+                moments = {
+                    key: state[f"{key}/{name}"].to(one.device)
+                    for key in ("step", "exp_avg", "exp_avg_sq")
+                    if f"{key}/{name}" in state
+                }
+                if moments:  # there are none as long as every step has overflowed
+                    self.optimizer.state[one] = moments
+        prefix = "scale/"
+        scale = {
+            key.removeprefix(prefix): float(x) for key, x in state.items() if key.startswith(prefix)
+        }
+        self.scale.load(scale)
+        self.sharded.step_done()
+
+    # --- its share of the data --------------------------------------------------------------------
+
+    def _own_positions(self) -> Tensor:
+        config, context = self.config, self.mesh.context
+        causal = config.model.kind != "bert"
+        cuts = cut_sequence(config.model.context, context.size, config.parallel.attention, causal)
+        return torch.tensor(positions(cuts[context.rank]), dtype=torch.int64)
 
     def _microbatches(self, number: int) -> list[Microbatch]:
-        device, (start, stop) = self.mesh.world.device, self.rows
-        inputs, targets = self.batches.batch(number, start, stop)
-        first = number * self.config.train.batch + start
-        samples = torch.arange(first, first + stop - start)
-        return [
-            Microbatch(*(one[low:high].to(device) for one in (inputs, targets, samples)))
-            for low, high in self.cuts
-        ]
+        rows = self.objective.training(number, *self.rows)
+        return [self._own(rows.rows(low, high), True) for low, high in self.cuts]
+
+    def _example(self) -> Microbatch:
+        """A microbatch to measure layers with."""
+        return self._own(self.objective.training(0, *self.rows).rows(*self.cuts[0]), True)
+
+    def _own(self, rows: Sequences, drops: bool) -> Microbatch:
+        """What this rank's place on the context axis holds of some sequences."""
+        device, own = self.mesh.world.device, self.positions
+        return Microbatch(
+            inputs_Bt=rows.inputs_BT[:, own].to(device),
+            targets_Bt=rows.targets_BT[:, own].to(device),
+            samples_B=rows.samples_B.to(device) if drops else None,
+            positions_t=own.to(device),
+            length=rows.inputs_BT.shape[1],
+            lengths_B=None if rows.lengths_B is None else rows.lengths_B.to(device),
+        )
 
     def _agree(self, loss: Tensor) -> tuple[float, float]:
         """The loss over all replicas, and rank 0's clock, on every rank."""
         metrics = torch.zeros(2, dtype=torch.float64)
-        if self.mesh.is_last_stage and self.mesh.tensor.rank == 0:
+        if self.mesh.tensor.rank == 0:
             metrics[0] = loss.cpu()
         if self.mesh.world.rank == 0 or self.mesh.everyone.size == 1:
             metrics[1] = time.perf_counter() - self.began
         total, elapsed_s = self.mesh.everyone.allreduce(metrics).tolist()
         return total, elapsed_s
+
+
+def _key(piece: zero.Piece) -> str:
+    """The name of a piece in a checkpoint."""
+    name = piece.placement.name
+    whole = piece.stop - piece.start == piece.placement.numel
+    return name if whole else f"{name}[{piece.start}:{piece.stop}]"
 
 
 def _kind(tensor: Tensor) -> str:
@@ -171,11 +243,5 @@ def _cut_batch(config: Config, mesh: Mesh) -> tuple[tuple[int, int], list[tuple[
             f"leaves some empty; use --train.batch {replicas * microbatches} or more, or fewer "
             "--parallel.microbatches"
         )
-    start, stop = partition(batch, replicas)[mesh.data.rank]
+    start, stop = partition(batch, replicas)[mesh.replica]
     return (start, stop), partition(stop - start, microbatches)
-
-
-def _arithmetic(config: Config, mesh: Mesh) -> Callable[[], AbstractContextManager[object]]:
-    if config.train.dtype != "bfloat16":
-        return nullcontext
-    return partial(torch.autocast, mesh.world.device.type, dtype=torch.bfloat16)

@@ -16,10 +16,14 @@ from typing import Any
 
 import torch
 
+from mpmp import config
 from mpmp.comm.bridge import Bridged
 from mpmp.comm.group import Group
 from mpmp.comm.mesh import Mesh
 from mpmp.comm.world import World, start
+from mpmp.data.loader import load
+from mpmp.job import setup
+from mpmp.job.training import Training
 
 Case = Sequence[Any]
 """Algorithm of allreduce, bytes."""
@@ -201,6 +205,63 @@ def overlap(ranks: Ranks, nbytes: int, algorithm: str, repeats: int) -> dict[str
     }
 
 
+def training(ranks: Ranks, width: int, layers: int, repeats: int) -> dict[str, Any]:
+    """Data parallel steps whose backward takes as long as the sums of all gradients.
+
+    exposed = (step - the same step without sums) / the sums alone, on the slowest rank each.
+    """
+    model = config.Model(layers=layers, width=width, context=128)
+    corpus = load(config.Data())
+
+    def made(rows: int) -> Training:
+        asked = config.Config(
+            model=model,
+            train=config.Train(batch=rows * ranks.world.size),
+            parallel=config.Parallel(bucket_mb=0.5),
+        )
+        return Training(asked, ranks.mesh, setup.make_batches(asked, corpus))
+
+    def step(one: Training) -> None:
+        one.pipeline.train(one._microbatches(0), one.objective.counted(0), 1, one.sharded)
+
+    def sums(one: Training) -> None:
+        handles = [bucket._reduce.start() for bucket in one.sharded.buckets if bucket._reduce]
+        for handle in handles:
+            handle.wait()
+
+    def computed(one: Training) -> float:
+        kept = [bucket._reduce for bucket in one.sharded.buckets]
+        for bucket in one.sharded.buckets:
+            bucket._reduce = None
+        seconds = ranks.slowest_run(lambda: step(one))
+        for bucket, reduce in zip(one.sharded.buckets, kept, strict=True):
+            bucket._reduce = reduce
+        return seconds
+
+    rows, trial = 2, made(2)
+    for _ in range(2):
+        ranks.slowest_run(lambda: sums(trial))
+        computed(trial)
+    alone = statistics.median(ranks.slowest_run(lambda: sums(trial)) for _ in range(3))
+    # Backward is two thirds of a step.
+    rows = max(1, round(rows * 1.5 * alone / computed(trial)))
+    chosen = made(rows)
+    step(chosen)
+    found = []
+    for _ in range(repeats):
+        communication = ranks.slowest_run(lambda: sums(chosen))
+        computation = computed(chosen)
+        both = ranks.slowest_run(lambda: step(chosen))
+        exposed = (both - computation) / communication
+        found.append([communication, computation, both, exposed])
+    return {
+        "rows": rows,
+        "parameters": sum(one.parameter.numel() for one in chosen.pieces),
+        "steps": found,
+        "exposed": statistics.median(one[-1] for one in found),
+    }
+
+
 def switch_s() -> float:
     """Processor time of the switch, which is process 1."""
     words = Path("/proc/1/stat").read_text().rpartition(")")[2].split()
@@ -211,6 +272,7 @@ KINDS: dict[str, Callable[..., Any]] = {
     "bytes": count_bytes,
     "times": time_cases,
     "overlap": overlap,
+    "training": training,
 }
 
 

@@ -13,11 +13,11 @@ import torch
 from harness import ROOT, run_ranks
 from mpmp import commands
 from mpmp.errors import ConfigError, InputOutputError
-from mpmp.job.bench import oracle, outputs
-from mpmp.job.bench.bound import Bound
-from mpmp.job.bench.rows import BUS, Row
-from mpmp.job.bench.settings import Collectives, read_size, size_name
-from mpmp.job.bench.tables import figures, shares
+from mpmp.job.bench.collectives import oracle, outputs
+from mpmp.job.bench.collectives.bound import Bound
+from mpmp.job.bench.collectives.rows import BUS, Row
+from mpmp.job.bench.collectives.settings import Collectives, read_size, size_name
+from mpmp.job.bench.collectives.tables import figures, shares
 from mpmp.programs.collectives import COLLECTIVES
 from mpmp.programs.tuning import Table, from_json
 from system.small import HOME

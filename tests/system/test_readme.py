@@ -77,6 +77,10 @@ MAKE = [command for command in COMMANDS if command.words[0] == "make"]
 TYPED = [command for command in COMMANDS if command not in MAKE]
 
 
+TINY_STEPS = shlex.split(
+    "--layers 2 --width 32 --heads 2 --vocabulary 64 --context 16 --steps 2 --repeats 1"
+)
+
 TABLE = "table.json"
 """The file that the README measures in one command and chooses by in the next."""
 
@@ -92,7 +96,9 @@ def run(command: Command, folder: Path) -> Run:
     num_ranks, arguments = command.starts()
     if "--comm.table" in arguments:
         plant_table(folder)
-    if "mpmp.bench" in arguments:
+    if "train" in arguments:
+        arguments += TINY_STEPS
+    elif "mpmp.bench" in arguments:
         arguments += ["--sizes", "1KiB", "--repeats", "2", "--seconds", "0.05"]
     elif "mpmp.verify" in arguments:
         arguments += ["--data.path", "text.txt", "--train.steps", "1", "--train.batch", "8"]

@@ -24,6 +24,9 @@ LAYOUTS_OF_4 = [
     "--parallel.pipeline 2",
     "--parallel.pipeline 4",
     "--parallel.pipeline 2 --parallel.tensor 2",
+    "--layout dp2.cp2.zero1",
+    "--layout dp2.tp2.zero3.sp",
+    "--layout pp2.cp2 --parallel.schedule zb_v",
 ]
 
 
@@ -157,6 +160,10 @@ def test_resume_is_exact_to_the_bit(tmp_path: Path) -> None:
     ended(other, 3, "dp1.pp2.tp1", "dp1.pp1.tp2")
     # Nothing of that touched it.
     assert len(events(tmp_path / "broken", "step")) == 10
+
+
+def test_resume_is_exact_where_states_and_experts_are_shared_out(tmp_path: Path) -> None:
+    resumed(2, "--layout dp2.ep2.zero2 --model.experts 4", tmp_path)
 
 
 @pytest.mark.slow

@@ -9,11 +9,13 @@ from shlex import split
 import pytest
 
 from harness import Run, run_ranks
+from mpmp.config import layout_name
 from mpmp.programs.partition import factorisations
+from mpmp.programs.schedules import SCHEDULES
 from system.small import HOME, PLANTED, ended, plant_text
 
 LINE = re.compile(
-    r"verify (?P<layout>\S+): (?P<errors>.*)   "
+    r"verify (?P<layout>[^:]+): (?P<errors>.*)   "
     r"weights sha256 (?P<weights>[0-9a-f]{16})   batches sha256 (?P<batches>[0-9a-f]{16})"
 )
 ERROR = re.compile(r"([a-z][a-z ]*) ([0-9.]+e[-+][0-9]+|nan|inf)")
@@ -38,10 +40,10 @@ def proved(run: Run) -> list[dict[str, str]]:
 
 
 def layouts(n: int) -> list[str]:
-    return [f"dp{data}.pp{pipeline}.tp{tensor}" for data, pipeline, tensor in factorisations(n, 3)]
+    return [layout_name(*one) for one in factorisations(n, 4)]
 
 
-# --- the layouts of the issue, with verify's own model --------------------------------------------
+# --- every layout, with verify's own model -------------------------------------------------------
 
 
 @pytest.mark.mpich_too
@@ -67,6 +69,28 @@ def test_all_layouts_of_all_worlds(tmp_path: Path) -> None:
         assert [one["layout"] for one in found] == layouts(n), found
         hashes |= {(one["weights"], one["batches"]) for one in found}
     assert len(hashes) == 1, hashes
+
+
+@pytest.mark.timeout(600)
+def test_the_suite_of_2_ranks_and_the_table_it_writes(tmp_path: Path) -> None:
+    """Schedules, ZeRO, experts, every model, uneven cases; 4 and 8 ranks are in the docs."""
+    args = ["--suite", "--table", "proved.md", "--train.steps", "2"]
+    found = verify(2, *args, cwd=tmp_path, timeout=500)
+    rows = " ".join(one["layout"] for one in found)
+    words = [*SCHEDULES, "zero1", "zero2", "zero3", "cp2", "ep2", "sp", "capacity", "ulysses"]
+    words += ["kind=llama", "kind=bert", "kind=mlp", "shortest", "recompute=full", "cut="]
+    assert [word for word in words if word not in rows] == []
+    table = (tmp_path / "proved.md").read_text()
+    assert "## 2 ranks" in table
+    assert sum(line.startswith("| dp") for line in table.splitlines()) == len(found)
+
+
+@pytest.mark.slow
+@pytest.mark.mpich_too
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("n", [3, 4, 8])
+def test_the_suite_of_more_ranks(n: int, tmp_path: Path) -> None:
+    assert verify(n, "--suite", "--train.steps", "2", cwd=tmp_path, timeout=3000)
 
 
 # --- what does not divide, and other ways through the pipeline ------------------------------------
@@ -138,6 +162,11 @@ def test_ranks_that_would_have_nothing_are_refused(
         ("norm_counts_copies", "--layout tp2 --optimizer.clip 0.1"),
         ("dropout_of_local_samples", "--layout dp2"),
         ("tied_ends_not_summed", "--layout pp2"),
+        ("norms_not_summed", "--layout tp2.sp"),
+        ("experts_summed_over_all_replicas", "--layout dp2.ep2 --model.experts 2"),
+        ("weight_gradient_lost", "--layout pp2 --parallel.schedule zb_h1"),
+        ("weights_not_gathered", "--layout dp2.zero1"),
+        ("keys_of_one_rank_skipped", "--layout cp2"),
         pytest.param("dropout_of_local_heads", "--layout tp2", marks=pytest.mark.slow),
         pytest.param(
             "last_bucket_not_summed",

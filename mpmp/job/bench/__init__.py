@@ -1,1 +1,1 @@
-"""Timing collectives: who is timed, how, and what is made of the figures."""
+"""What mpmp does beside what others do: collectives, and whole training steps."""

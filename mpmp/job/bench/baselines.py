@@ -11,12 +11,24 @@ import fcntl
 import os
 import socket
 import struct
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
+import torch
 import torch.distributed as distributed
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C._distributed_c10d import TCPStore
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    loss_parallel,
+    parallelize_module,
+)
+from torch.nn.parallel import DistributedDataParallel
 
 from mpmp.comm.world import World
 from mpmp.errors import LaunchError
@@ -100,3 +112,60 @@ def gloo_call(
         "barrier": (lambda: distributed.barrier(), piece),
     }
     return calls[collective]
+
+
+# --- training: the same module, cut by torch over all ranks ---------------------------------------
+
+
+def data_parallel(model: nn.Module) -> nn.Module:
+    """DDP: a replica on every rank."""
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+
+def fully_sharded(model: nn.Module, blocks: Iterable[nn.Module]) -> None:
+    """FSDP2: every block and the rest of the model cut into shards, in place."""
+    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+    for block in blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def tensor_parallel(model: nn.Module) -> None:
+    """DTensor: heads, hidden units and vocabulary cut, in place; logits stay cut over their last
+    dim, for :func:`loss_of_cut_logits`."""
+    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+    plan = {
+        "embedding": RowwiseParallel(input_layouts=Replicate()),
+        "blocks.*.attention.qkv": ColwiseParallel(),
+        "blocks.*.attention.out": RowwiseParallel(),
+        "blocks.*.mlp.up": ColwiseParallel(),
+        "blocks.*.mlp.down": RowwiseParallel(),
+        "output": ColwiseParallel(output_layouts=Shard(-1), use_local_output=False),
+    }
+    parallelize_module(model, mesh, plan)
+
+
+def loss_of_cut_logits() -> AbstractContextManager[None]:
+    """In here cross entropy, forward and backward, takes logits that are cut."""
+    return loss_parallel()
+
+
+def pipelined(
+    stage: nn.Module, microbatches: int, loss: Callable[[Tensor, Tensor], Tensor]
+) -> Callable[[Tensor, Tensor], Tensor | None]:
+    """torch's own 1F1B: a step over inputs and targets, which gives the mean loss on the last rank.
+
+    Gradients are means over the microbatches.
+    """
+    rank, size = distributed.get_rank(), distributed.get_world_size()
+    made = PipelineStage(stage, rank, size, torch.device("cpu"))
+    schedule = Schedule1F1B(made, n_microbatches=microbatches, loss_fn=loss)
+
+    def step(inputs: Tensor, targets: Tensor) -> Tensor | None:
+        losses: list[Tensor] = []
+        last = rank == size - 1
+        tensors = (inputs,) if rank == 0 else ()
+        schedule.step(*tensors, target=targets if last else None, losses=losses if last else None)
+        return torch.stack(losses).mean() if last else None
+
+    return step

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,16 +12,30 @@ from torch.nn import functional as F
 
 from mpmp import verify
 from mpmp.comm.mesh import Mesh
-from mpmp.models.gpt import GPTStage
+from mpmp.models.stage import TransformerStage
 from mpmp.optim import clip
-from mpmp.parallel import adjoints, data, pipeline, tensor
+from mpmp.parallel import adjoints, data, pipeline, products, tensor, zero
+from mpmp.parallel.deferred import Deferred, Kept
 from mpmp.parallel.dropout import Dropout
-from mpmp.parallel.placement import placement_of
+from mpmp.parallel.maker import Maker
+from mpmp.parallel.ring import _Ring
+
+
+def _unsummed(chosen: Callable[[data.Bucket], bool]) -> None:
+    """Some buckets keep this rank's own gradients."""
+    start = data.Bucket.start
+
+    def alone(self: data.Bucket) -> None:
+        if chosen(self):
+            self._reduce = None
+        start(self)
+
+    data.Bucket.start = alone  # type: ignore[method-assign]
 
 
 def gradients_not_summed() -> None:
     """Replicas keep their own gradients."""
-    data.Bucket.start = lambda self: None  # type: ignore[method-assign]
+    _unsummed(lambda bucket: True)
 
 
 def last_bucket_not_summed() -> None:
@@ -28,73 +43,130 @@ def last_bucket_not_summed() -> None:
     finish = data.GradientBuckets.finish
 
     def forget(self: data.GradientBuckets) -> None:
-        self.buckets[-1]._sum = None
+        self.buckets[-1]._reduce = None
         finish(self)
 
     data.GradientBuckets.finish = forget  # type: ignore[method-assign]
+
+
+def tied_ends_not_summed() -> None:
+    """First and last stage each keep their own gradient of the embedding they share."""
+    _unsummed(lambda bucket: bucket.flat.of_both_ends)
+
+
+def norms_not_summed() -> None:
+    """What the ranks of a tensor group use apart is summed over the replicas alone."""
+    make = Maker.parameter
+
+    def alike(self: Maker, *args: Any, **settings: Any) -> Any:
+        return make(self, *args, **{**settings, "apart": False})
+
+    Maker.parameter = alike  # type: ignore[method-assign]
+
+
+def experts_summed_over_all_replicas() -> None:
+    """Gradients of experts are summed with those of other experts."""
+    sum_group = Mesh.sum_group
+
+    def everywhere(self: Mesh, placement: Any) -> Any:
+        if "expert" not in placement.summed:
+            return self.data
+        return sum_group(self, placement)
+
+    Mesh.sum_group = everywhere  # type: ignore[method-assign]
 
 
 def loss_of_the_replica() -> None:
     """The loss is divided by the replica's own tokens."""
     train = pipeline.Pipeline.train
 
-    def scaled(self: Any, microbatches: Any, num_tokens: int, buckets: Any) -> Tensor:
-        own = sum(one.inputs.numel() for one in microbatches)
-        return train(self, microbatches, own, buckets)
+    def scaled(self: Any, microbatches: Any, num_tokens: int, *rest: Any) -> Tensor:
+        own = sum(one.inputs_Bt.numel() for one in microbatches)
+        return train(self, microbatches, own, *rest)
 
     pipeline.Pipeline.train = scaled  # type: ignore[method-assign]
 
 
+def _last_stage(change: Callable[[TransformerStage], None]) -> None:
+    init = TransformerStage.__init__
+
+    def changed(self: TransformerStage, *args: Any, **settings: Any) -> None:
+        init(self, *args, **settings)
+        if self.part.stages > 1 and self.part.last:
+            change(self)
+
+    TransformerStage.__init__ = changed  # type: ignore[method-assign]
+
+
 def blocks_swapped() -> None:
     """Two blocks of the last stage change places."""
-    init = GPTStage.__init__
 
-    def swapped(self: Any, model: Any, vocabulary: int, mesh: Mesh, dtype: Any) -> None:
-        init(self, model, vocabulary, mesh, dtype)
-        if mesh.pipeline.size > 1 and mesh.is_last_stage:
-            first, second, *rest = self.blocks
-            self.blocks = torch.nn.ModuleList([second, first, *rest])
+    def swap(stage: TransformerStage) -> None:
+        first, second, *rest = stage.blocks
+        stage.blocks = torch.nn.ModuleList([second, first, *rest])
 
-    GPTStage.__init__ = swapped  # type: ignore[method-assign]
+    _last_stage(swap)
 
 
 def weights_swapped() -> None:
     """Two blocks of the last stage have each other's values."""
-    init = GPTStage.__init__
 
-    def swapped(self: Any, model: Any, vocabulary: int, mesh: Mesh, dtype: Any) -> None:
-        init(self, model, vocabulary, mesh, dtype)
-        if mesh.pipeline.size > 1 and mesh.is_last_stage:
-            pairs = zip(self.blocks[0].parameters(), self.blocks[1].parameters(), strict=True)
-            for one, other in pairs:
-                one.data, other.data = other.data, one.data
+    def swap(stage: TransformerStage) -> None:
+        pairs = zip(stage.blocks[0].parameters(), stage.blocks[1].parameters(), strict=True)
+        for one, other in pairs:
+            one.data, other.data = other.data, one.data
 
-    GPTStage.__init__ = swapped  # type: ignore[method-assign]
+    _last_stage(swap)
 
 
 def replicate_without_backward() -> None:
     """The gradient of a column-parallel layer's input is this rank's part alone."""
-    adjoints.replicate_linear = lambda x, weight, bias, group: F.linear(x, weight, bias)
+    products._summed = lambda x, way: x
 
 
 def bias_on_every_rank() -> None:
     """A row-parallel layer adds its bias before the sum."""
 
-    def forward(self: tensor.RowParallelLinear, x: Tensor) -> Tensor:
-        return adjoints.allreduce(F.linear(x, self.weight, self.bias), self.group)
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return adjoints.allreduce(F.linear(x, self.weight, self.bias), self.way.group)
 
     tensor.RowParallelLinear.forward = forward  # type: ignore[method-assign]
+
+
+def weight_gradient_lost() -> None:
+    """A split backward forgets one weight of those it has left for later."""
+    end = Deferred.end
+
+    def forgetful(self: Deferred) -> Kept:
+        return end(self)[1:]
+
+    Deferred.end = forgetful  # type: ignore[method-assign]
+
+
+def weights_not_gathered() -> None:
+    """After a step each rank has its own piece of the new weights alone."""
+    zero.Sharded.step_done = lambda self: None  # type: ignore[method-assign]
+
+
+def keys_of_one_rank_skipped() -> None:
+    """Queries do not see the keys of the rank that is left of theirs."""
+    blocks = _Ring._blocks
+
+    def fewer(self: _Ring, source: int) -> Any:
+        return () if source == self.left else blocks(self, source)
+
+    _Ring._blocks = fewer  # type: ignore[method-assign]
 
 
 def norm_counts_copies() -> None:
     """The clip norm counts what every tensor rank has a copy of once a rank."""
     from mpmp.job import training
 
-    def counted(parameters: Any, model: Any) -> Tensor:
-        squares = torch.stack([one.grad.double().square().sum() for one in parameters]).sum()
-        return model.allreduce(squares.view(1)).sqrt().squeeze(0)
+    def counted(pieces: Any, everyone: Any) -> Tensor:
+        squares = [one.parameter.grad.double().square().sum() for one in pieces]
+        return everyone.allreduce(torch.stack(squares).sum().view(1)).sqrt().squeeze(0)
 
-    clip.global_norm = training.global_norm = counted  # type: ignore[assignment]
+    clip.global_norm = training.global_norm = counted
 
 
 def dropout_of_local_samples() -> None:
@@ -111,22 +183,13 @@ def dropout_of_local_heads() -> None:
     """Attention's masks are keyed by the head's number on its rank."""
     call = Dropout.__call__
 
-    def local(self: Dropout, x: Tensor, samples: Tensor | None, shape: Any, ranges: Any) -> Tensor:
-        start = ranges[0][0]
-        return call(self, x, samples, shape, ((0, ranges[0][1] - start), *ranges[1:]))
+    def local(self: Dropout, x: Tensor, samples: Tensor | None, shape: Any, index: Any) -> Tensor:
+        if isinstance(index[0], tuple):
+            start, stop = index[0]
+            index = ((0, stop - start), *index[1:])
+        return call(self, x, samples, shape, index)
 
     Dropout.__call__ = local  # type: ignore[method-assign]
-
-
-def tied_ends_not_summed() -> None:
-    """First and last stage each keep their own gradient of the embedding they share."""
-    start = data.Bucket.start
-
-    def alone(self: data.Bucket) -> None:
-        if not placement_of(self.parameters[0]).shared_by:
-            start(self)
-
-    data.Bucket.start = alone  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -15,13 +15,13 @@ from mpmp.comm.native import DTYPES as NATIVE_DTYPES
 from mpmp.comm.native import forced
 from mpmp.comm.world import World, start
 from mpmp.errors import VerifyError
-from mpmp.job.bench import models, oracle, outputs, tables
 from mpmp.job.bench.baselines import gloo
-from mpmp.job.bench.bound import Bound, bound_calls
-from mpmp.job.bench.contenders import Contender, Task, enter
-from mpmp.job.bench.rows import Row
-from mpmp.job.bench.settings import AUTO, Collectives, size_name
-from mpmp.job.bench.turns import medians
+from mpmp.job.bench.collectives import models, oracle, outputs, tables
+from mpmp.job.bench.collectives.bound import Bound, bound_calls
+from mpmp.job.bench.collectives.contenders import Contender, Task, enter
+from mpmp.job.bench.collectives.rows import Row
+from mpmp.job.bench.collectives.settings import AUTO, Collectives, size_name
+from mpmp.job.bench.collectives.turns import medians
 from mpmp.job.report import Reporter, duration
 
 _MEMORY = {"window": "shared windows", "ordinary": "ordinary memory"}

@@ -16,7 +16,7 @@ from functools import partial
 import torch
 
 from mpmp.comm.lane import KERNELS, kernels
-from mpmp.job.bench.contenders import Task
+from mpmp.job.bench.collectives.contenders import Task
 from mpmp.programs.partition import partition
 
 

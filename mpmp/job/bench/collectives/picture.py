@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mpmp.errors import ConfigError, InputOutputError
-from mpmp.job.bench.rows import Row
-from mpmp.job.bench.settings import AUTO, BASELINES, size_name
+from mpmp.job.bench.collectives.rows import Row
+from mpmp.job.bench.collectives.settings import AUTO, BASELINES, size_name
 
 _COLOURS = ["#4878a8", "#d98a3d", "#6a9f58", "#a86a9c", "#c2a83e", "#5fa8a0", "#b5615a", "#8c7a66"]
 _STYLES = {"native": ("#333333", "--"), "gloo": ("#999999", "--"), AUTO: ("#111111", ":")}

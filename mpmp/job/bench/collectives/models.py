@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mpmp.job.bench.rows import Row
-from mpmp.job.bench.settings import AUTO, BASELINES
+from mpmp.job.bench.collectives.rows import Row
+from mpmp.job.bench.collectives.settings import AUTO, BASELINES
 from mpmp.programs import fit as fitting
 from mpmp.programs.predict import predict
 

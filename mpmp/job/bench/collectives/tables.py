@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from mpmp.job.bench.bound import Bound
-from mpmp.job.bench.rows import Row
-from mpmp.job.bench.settings import AUTO, BASELINES, size_name
+from mpmp.job.bench.collectives.bound import Bound
+from mpmp.job.bench.collectives.rows import Row
+from mpmp.job.bench.collectives.settings import AUTO, BASELINES, size_name
 from mpmp.job.report import table
 
 

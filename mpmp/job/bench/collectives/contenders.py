@@ -15,9 +15,9 @@ from torch import Tensor
 from mpmp.comm import native
 from mpmp.comm.group import Group
 from mpmp.errors import ConfigError
-from mpmp.job.bench import oracle
 from mpmp.job.bench.baselines import gloo_call
-from mpmp.job.bench.settings import AUTO, Collectives
+from mpmp.job.bench.collectives import oracle
+from mpmp.job.bench.collectives.settings import AUTO, Collectives
 from mpmp.programs.partition import partition
 
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mpmp.errors import ConfigError, InputOutputError
-from mpmp.job.bench import picture
-from mpmp.job.bench.models import named
-from mpmp.job.bench.rows import Row, write_csv
-from mpmp.job.bench.settings import Collectives
+from mpmp.job.bench.collectives import picture
+from mpmp.job.bench.collectives.models import named
+from mpmp.job.bench.collectives.rows import Row, write_csv
+from mpmp.job.bench.collectives.settings import Collectives
 from mpmp.programs.fit import Fit
 from mpmp.programs.tuning import Entry, Table, from_json
 

@@ -1,0 +1,1 @@
+"""Timing collectives: who is timed, how, and what is made of the figures."""
