@@ -76,6 +76,11 @@ def verify(config: Config, asked: Asked) -> None:
     from mpmp.job import proof, setup
     from mpmp.job.compare import Comparison, compare
 
+    if config.train.dtype != "float64":
+        raise ConfigError(
+            f"verify compares to {LIMIT:.0e}, which takes float64: leave out --train.dtype "
+            f"{config.train.dtype}"
+        )
     world = setup.begin(config)
     named: list[tuple[str, Config]]
     if asked.rows == "one":

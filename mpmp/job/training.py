@@ -86,7 +86,7 @@ class Training:
         norm = float(global_norm(self.pieces, self.mesh.everyone))
         total, elapsed_s = self._agree(loss)
         rate = learning_rate(self.config.optimizer, number, progress)
-        if self.scale.enabled and isfinite(total) and not isfinite(norm):
+        if scale > 1.0 and isfinite(total) and not isfinite(norm):
             self.scale.update(False)
             return Step(total, norm, rate, elapsed_s, skipped=True)
         if not (isfinite(total) and isfinite(norm)):

@@ -11,7 +11,7 @@ import pytest
 from harness import ROOT, run_ranks
 from system.small import HOME, events, plant_text
 
-LAYOUTS = ["dp2", "tp2", "tp2.sp", "pp2", "cp2", "dp2.zero1", "dp2.zero3", "dp2.ep2"]
+LAYOUTS = ["tp2.sp", "pp2", "cp2", "dp2.zero3", "dp2.ep2"]
 TINY = split(
     "--data.path text.txt --model.layers 2 --model.heads 2 --model.width 32 --model.context 16 "
     "--train.batch 8 --train.eval_batches 1 --train.sample_tokens 0"

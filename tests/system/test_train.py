@@ -86,7 +86,7 @@ def test_every_layout_of_4_has_the_same_loss(tmp_path: Path) -> None:
     same_losses(folders)
     close_models(folders)
     starts = [events(folder, "start")[0] for folder in folders]
-    assert len({one["layout"] for one in starts}) == 6, starts
+    assert len({one["layout"] for one in starts}) == len(LAYOUTS_OF_4), starts
     assert len({one["weights_sha256"] for one in starts}) == 1, starts
     for folder in folders:
         whole_metrics(folder, 1, 20)
@@ -101,7 +101,7 @@ def test_every_layout_of_4_has_the_same_loss(tmp_path: Path) -> None:
         "bits per byte (unigram",
         "step 20/20",
     ):
-        assert run.stdout.count(words) == 6, f"{words}\n{run.text}"
+        assert run.stdout.count(words) == len(LAYOUTS_OF_4), f"{words}\n{run.text}"
     texts = {part.partition("\n\n")[0] for part in run.stdout.split("\nsample:\n")[1:]}
     assert len(texts) == 1 and "    def " in texts.pop(), run.text
 

@@ -53,6 +53,7 @@ def test_all_layouts_of_4_ranks(tmp_path: Path) -> None:
     assert len({(one["weights"], one["batches"]) for one in found}) == 1, found
 
 
+@pytest.mark.slow
 def test_1_and_8_ranks_start_from_the_same_weights_and_batches(tmp_path: Path) -> None:
     alone = verify(1, "--layout", "all", cwd=tmp_path)
     eight = verify(8, "--layout", "dp2.pp2.tp2", cwd=tmp_path)
@@ -71,6 +72,7 @@ def test_all_layouts_of_all_worlds(tmp_path: Path) -> None:
     assert len(hashes) == 1, hashes
 
 
+@pytest.mark.slow  # the README's command proves the same rows with a smaller model
 @pytest.mark.timeout(600)
 def test_the_suite_of_2_ranks_and_the_table_it_writes(tmp_path: Path) -> None:
     """Schedules, ZeRO, experts, every model, uneven cases; 4 and 8 ranks are in the docs."""
@@ -136,7 +138,7 @@ def test_odd_cuts_at_all_layouts(n: int, args: str, tmp_path: Path) -> None:
     ("args", "words"),
     [
         ("--layout tp2 --model.heads 1", ("tensor ranks (2)", "heads (1)")),
-        ("--layout pp2 --model.layers 1", ("stages (2)", "layers (1)")),
+        ("--layout pp2 --model.layers 1", ("2 stages", "1 layers")),
     ],
     ids=["heads", "layers"],
 )
@@ -184,6 +186,18 @@ def test_a_planted_bug_is_named(bug: str, args: str, tmp_path: Path) -> None:
     if bug == "norm_counts_copies":
         kinds = kinds.replace("(", "(norm of step \\d|")
     assert re.search(kinds, line), run.text
+
+
+def test_the_table_that_is_written(tmp_path: Path) -> None:
+    found = verify(2, "--layout", "all", "--table", "proved.md", *TINY, cwd=tmp_path)
+    table = (tmp_path / "proved.md").read_text()
+    assert "## 2 ranks" in table
+    assert sum(line.startswith("| dp") for line in table.splitlines()) == len(found) == 4
+
+
+def test_verify_takes_float64_alone(tmp_path: Path) -> None:
+    run = run_ranks(2, ["-m", "mpmp.verify", "--train.dtype", "float32"], cwd=tmp_path, env=HOME)
+    ended(run, 2, "float64", "float32")
 
 
 def test_the_same_command_without_a_bug(tmp_path: Path) -> None:
