@@ -27,6 +27,7 @@ def run_script(out: Path, **variables: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.skipif(MPI_LIBRARY != "openmpi", reason="once is enough, on Open MPI")
+@pytest.mark.slow
 def test_the_whole_flow_on_the_cpu(tmp_path: Path) -> None:
     run = run_script(tmp_path, MPMP_GPU_DRY="1")
     assert run.returncode == 0, run.stdout + run.stderr

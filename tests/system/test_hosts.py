@@ -86,7 +86,9 @@ def test_ranks_of_several_hosts_sum_and_share_only_what_they_should(tmp_path):
             assert passed[row["algorithm"]] < card < 1.1 * passed[row["algorithm"]], row
 
 
-@pytest.mark.parametrize("dealt", (False, True), ids=("in order", "dealt"))
+@pytest.mark.parametrize(
+    "dealt", (False, pytest.param(True, marks=pytest.mark.slow)), ids=("in order", "dealt")
+)
 def test_hierarchical_sums_in_the_windows_of_each_host(tmp_path, dealt):
     sums = """
 import json, sys

@@ -134,6 +134,8 @@ def test_a_command_typed_by_hand(command: Command, tmp_path: Path) -> None:
         assert ended.stderr.startswith("[rank 1/4 "), ended.text
     elif "mpmp.verify" in command.words:
         assert "verify dp" in ended.stdout, ended.text
+    elif "train" in command.words:
+        assert "torch pipelining" in ended.stdout, ended.text
     elif "mpmp.bench" in command.words:
         for collective in COLLECTIVES:
             assert f"\n{collective}\n" in ended.stdout, ended.text

@@ -70,7 +70,6 @@ def whole_metrics(folder: Path, first: int, steps: int) -> None:
 # --- must show 2 ----------------------------------------------------------------------------------
 
 
-@pytest.mark.mpich_too
 def test_every_layout_of_4_has_the_same_loss(tmp_path: Path) -> None:
     plant_text(tmp_path)
     folders = [tmp_path / f"run{number}" for number in range(len(LAYOUTS_OF_4))]
@@ -150,7 +149,6 @@ def resumed(n: int, layout: str, folder: Path) -> None:
     assert steps[0] == steps[1] and len(events(folder / "broken", "step")) == 10, steps
 
 
-@pytest.mark.mpich_too
 def test_resume_is_exact_to_the_bit(tmp_path: Path) -> None:
     resumed(2, "--parallel.pipeline 2", tmp_path)
     # The folder is used now: a fresh run is refused, and so is another layout.
