@@ -10,6 +10,7 @@ import torch
 import mpmp
 from mpmp.config import Config, Data, Model, Parallel, Train
 from mpmp.data.loader import load
+from mpmp.errors import NotFiniteError
 from mpmp.job.setup import make_batches
 from mpmp.job.training import Training
 
@@ -44,6 +45,16 @@ def test_an_overflow_changes_nothing_but_the_scale(world, axis):
     assert not training.step(2, 0.0).skipped
     values = training.mesh.everyone.allgather(torch.tensor([training.scale.value]))
     assert len(set(values.tolist())) == 1
+    training.mesh.free()
+
+
+@pytest.mark.ranks(2)
+def test_an_overflow_that_no_scale_cures_ends_the_training(world, monkeypatch):
+    training = made("data", world.size)
+    training.scale.value = 1.0
+    monkeypatch.setattr("mpmp.job.training.global_norm", lambda *_: torch.tensor(float("inf")))
+    with pytest.raises(NotFiniteError, match="gradient norm inf"):
+        training.step(0, 0.0)
     training.mesh.free()
 
 

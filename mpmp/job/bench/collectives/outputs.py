@@ -9,8 +9,9 @@ from pathlib import Path
 from mpmp.errors import ConfigError, InputOutputError
 from mpmp.job.bench.collectives import picture
 from mpmp.job.bench.collectives.models import named
-from mpmp.job.bench.collectives.rows import Row, write_csv
+from mpmp.job.bench.collectives.rows import Row
 from mpmp.job.bench.collectives.settings import Collectives
+from mpmp.job.bench.csv_file import write_csv
 from mpmp.programs.fit import Fit
 from mpmp.programs.tuning import Entry, Table, from_json
 
@@ -40,7 +41,7 @@ def write(
     """Write what was asked for; a sentence a file says what it is."""
     said = []
     if settings.csv is not None:
-        write_csv(settings.csv, rows)
+        write_csv(settings.csv, Row, rows)
         said.append(f"{settings.csv}: {len(rows)} rows")
     if settings.png is not None:
         title = f"{rows[0].ranks} ranks, {library}, {settings.dtype}, {placement} memory"

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-
-from mpmp.errors import InputOutputError
 
 
 def _pieces(ranks: int) -> float:
@@ -55,13 +51,3 @@ class Row:
         algbw = nbytes / seconds / 1e9
         bus = BUS[collective](ranks) * algbw
         return cls(collective, algorithm, dtype, ranks, nbytes, seconds * 1e6, algbw, bus, wrong)
-
-
-def write_csv(path: str, rows: Iterable[Row]) -> None:
-    try:
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow([field.name for field in dataclasses.fields(Row)])
-            writer.writerows(dataclasses.astuple(row) for row in rows)
-    except OSError as error:
-        raise InputOutputError(f"{path} cannot be written: {error.strerror}") from error

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-import dataclasses
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from mpmp.errors import InputOutputError
 from mpmp.job.report import table
 
 LIMITS = {"bfloat16": 2e-2, "float32": 1e-5}
@@ -55,13 +52,3 @@ def shown(rows: Iterable[Row], against: dict[str, str]) -> str:
         for row in rows
     ]
     return table(head, lines)
-
-
-def write_csv(path: str, rows: Iterable[Row]) -> None:
-    try:
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow([field.name for field in dataclasses.fields(Row)])
-            writer.writerows(dataclasses.astuple(row) for row in rows)
-    except OSError as error:
-        raise InputOutputError(f"{path} cannot be written: {error.strerror}") from error

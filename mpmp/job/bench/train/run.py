@@ -16,9 +16,10 @@ from mpmp.data.loader import Batches, Corpus
 from mpmp.errors import InputOutputError, VerifyError
 from mpmp.job import setup
 from mpmp.job.bench.baselines import gloo
+from mpmp.job.bench.csv_file import write_csv
 from mpmp.job.bench.train import theirs, turns
 from mpmp.job.bench.train.layouts import config_of
-from mpmp.job.bench.train.rows import LIMITS, Row, gap, shown, write_csv
+from mpmp.job.bench.train.rows import LIMITS, Row, gap, shown
 from mpmp.job.bench.train.settings import MODES, TrainSteps
 from mpmp.job.bench.train.text import corpus
 from mpmp.job.bench.train.turns import Contender
@@ -51,7 +52,7 @@ def bench(settings: TrainSteps) -> None:
             rows += Session(settings, world, lobby, text, report).measure(mode)
     report.line("\n" + shown(rows, AGAINST))
     if settings.csv is not None and world.rank == 0:
-        write_csv(settings.csv, rows)
+        write_csv(settings.csv, Row, rows)
         report.line(f"{settings.csv}: {len(rows)} rows")
     lobby.free()
     limit = LIMITS[settings.dtype]
