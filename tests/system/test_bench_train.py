@@ -31,7 +31,9 @@ def read_rows(path: Path) -> dict[str, dict[str, str]]:
 
 
 @pytest.mark.mpich_too
-@pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-5), ("bfloat16", 2e-2)])
+@pytest.mark.parametrize(
+    ("dtype", "limit"), [("float32", 1e-5), pytest.param("bfloat16", 2e-2, marks=pytest.mark.slow)]
+)
 def test_both_sides_learn_the_same_in_every_mode(tmp_path: Path, dtype: str, limit: float) -> None:
     path = tmp_path / "rows.csv"
     done = run_ranks(2, [*BENCH, *TINY, "--dtype", dtype, "--csv", str(path)], env=ENV, timeout=240)

@@ -100,15 +100,37 @@ def test_a_mistake_is_one_line(n: int, command: str, args: str, words: str, fold
             3,
             "needs 2 ranks but 1 were started; legal layouts for 1: dp1.pp1.tp1",
         ),
-        (2, "--train.batch 1", 3, "use --train.batch 2 or more"),
-        (2, "--layout pp2 --parallel.microbatches 9", 3, "use --train.batch 9 or more"),
+        pytest.param(
+            2, "--train.batch 1", 3, "use --train.batch 2 or more", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            2,
+            "--layout pp2 --parallel.microbatches 9",
+            3,
+            "use --train.batch 9 or more",
+            marks=pytest.mark.slow,
+        ),
         (2, "--data.path nowhere", 74, "data.path 'nowhere' does not exist"),
-        (1, "--data.path nowhere", 74, "data.path 'nowhere' does not exist"),
+        pytest.param(
+            1,
+            "--data.path nowhere",
+            74,
+            "data.path 'nowhere' does not exist",
+            marks=pytest.mark.slow,
+        ),
         (1, "--data.path empty.txt", 74, "'empty.txt' is empty"),
-        (1, "--data.path bytes.txt", 74, "'bytes.txt' is not UTF-8"),
+        pytest.param(
+            1, "--data.path bytes.txt", 74, "'bytes.txt' is not UTF-8", marks=pytest.mark.slow
+        ),
         (1, "--data.path short.txt", 2, "a batch needs 8"),
         (1, "--data.tokenizer text.txt", 2, "is no tokenizer file"),
-        (1, "--data.tokenizer nowhere", 74, "data.tokenizer 'nowhere' cannot be read"),
+        pytest.param(
+            1,
+            "--data.tokenizer nowhere",
+            74,
+            "data.tokenizer 'nowhere' cannot be read",
+            marks=pytest.mark.slow,
+        ),
         (2, "--comm.allreduce bubble", 2, "ring"),
         (1, "--parallel.schedule zero", 2, "1f1b"),
         (2, "--checkpoint.dir text.txt", 74, "text.txt"),

@@ -123,7 +123,7 @@ def test_a_rank_that_is_20_s_late_is_waited_for(folder: Path) -> None:
     assert run.rc == 0 and run.stderr == "", run.text
 
 
-@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("n", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_fault_that_is_not_understood(n: int, folder: Path) -> None:
     env = {**HOME, "MPMP_FAULT": "explode:rank=1:step=5"}
     run = alone(TRAIN, folder, env) if n == 1 else run_ranks(n, TRAIN, env=env, cwd=folder)

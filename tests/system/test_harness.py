@@ -164,11 +164,13 @@ def test_skipped_at_every_size_is_an_error(tmp_path: Path) -> None:
     assert "4 deselected" in text
 
 
+@pytest.mark.slow
 def test_only_one_size_of_a_skipping_test_is_no_error(tmp_path: Path) -> None:
     rc, text = run_pytest(plant(tmp_path, SKIPPING), "-k", "ranks2 or ranks3", "--all")
     assert rc == 0, text
 
 
+@pytest.mark.slow
 def test_by_hand(tmp_path: Path) -> None:
     folder = plant(tmp_path, BAD)
     by_hand = ["-m", "pytest", "--with-mpi", "--color=no", "ranks"]

@@ -70,6 +70,7 @@ def whole_metrics(folder: Path, first: int, steps: int) -> None:
 # --- must show 2 ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # test_layouts.py compares some of them over more steps
 def test_every_layout_of_4_has_the_same_loss(tmp_path: Path) -> None:
     plant_text(tmp_path)
     folders = [tmp_path / f"run{number}" for number in range(len(LAYOUTS_OF_4))]

@@ -46,6 +46,7 @@ def layouts(n: int) -> list[str]:
 # --- every layout, with verify's own model -------------------------------------------------------
 
 
+@pytest.mark.slow  # the README's command proves the same layouts with a smaller model
 @pytest.mark.mpich_too
 def test_all_layouts_of_4_ranks(tmp_path: Path) -> None:
     found = verify(4, "--layout", "all", cwd=tmp_path)
@@ -104,9 +105,10 @@ def test_the_suite_of_more_ranks(n: int, tmp_path: Path) -> None:
         # vocabulary 257 and heads: neither divides by 3
         (3, "--parallel.tensor 3 --model.heads 4"),
         # replicas of 7 and 6 sequences, in microbatches of 3, 2, 2 and 2, 2, 2
-        (
+        pytest.param(
             4,
             "--layout dp2.pp2 --train.batch 13 --parallel.microbatches 3 --parallel.schedule gpipe",
+            marks=pytest.mark.mpich_too,
         ),
         (2, "--layout pp2 --train.batch 5 --model.no_tied --model.layers 3"),
     ],
@@ -156,14 +158,16 @@ def test_ranks_that_would_have_nothing_are_refused(
     ("bug", "args"),
     [
         pytest.param("gradients_not_summed", "--layout dp2", marks=pytest.mark.mpich_too),
-        ("loss_of_the_replica", "--layout dp2"),
+        pytest.param("loss_of_the_replica", "--layout dp2", marks=pytest.mark.slow),
         ("weights_swapped", "--layout pp2"),
-        ("blocks_swapped", "--layout pp2"),
-        ("replicate_without_backward", "--layout tp2"),
+        pytest.param("blocks_swapped", "--layout pp2", marks=pytest.mark.slow),
+        pytest.param("replicate_without_backward", "--layout tp2", marks=pytest.mark.slow),
         ("bias_on_every_rank", "--layout tp2"),
-        ("norm_counts_copies", "--layout tp2 --optimizer.clip 0.1"),
-        ("dropout_of_local_samples", "--layout dp2"),
-        ("tied_ends_not_summed", "--layout pp2"),
+        pytest.param(
+            "norm_counts_copies", "--layout tp2 --optimizer.clip 0.1", marks=pytest.mark.slow
+        ),
+        pytest.param("dropout_of_local_samples", "--layout dp2", marks=pytest.mark.slow),
+        pytest.param("tied_ends_not_summed", "--layout pp2", marks=pytest.mark.slow),
         ("norms_not_summed", "--layout tp2.sp"),
         ("experts_summed_over_all_replicas", "--layout dp2.ep2 --model.experts 2"),
         ("weight_gradient_lost", "--layout pp2 --parallel.schedule zb_h1"),

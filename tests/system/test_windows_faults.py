@@ -127,7 +127,10 @@ def one_line(run: Run, *words: str) -> None:
 
 
 @needs_root
-@pytest.mark.parametrize("size", ["64k", "1m", "4m"])
+@pytest.mark.parametrize(
+    "size",
+    [pytest.param("64k", marks=pytest.mark.slow), "1m", pytest.param("4m", marks=pytest.mark.slow)],
+)
 def test_too_little_room_falls_back_with_one_warning(size: str, tmp_path: Path) -> None:
     """No room for a lane; for a lane but not for tensors; for some of the tensors.
 
