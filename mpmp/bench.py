@@ -5,6 +5,8 @@
     train           whole training steps of the same model: one rank against a plain torch loop,
                     data against DDP, zero3 against FSDP2, tensor against DTensor, pipeline against
                     torch.distributed.pipelining
+    generate        tokens/s of one process beside transformers' generate on the same weights
+    checkpoint      saving beside what the disk can do, what of it steps wait for, and loading
 
 ``python -m mpmp.bench train --help`` tells the options.
 """
@@ -16,7 +18,9 @@ from collections.abc import Callable
 
 from mpmp import commands
 from mpmp.errors import ConfigError
+from mpmp.job.bench.checkpoint.settings import Checkpoints
 from mpmp.job.bench.collectives.settings import Collectives
+from mpmp.job.bench.generate.settings import GenerateTokens
 from mpmp.job.bench.train.settings import TrainSteps
 from mpmp.launcher import told_rank
 
@@ -47,6 +51,27 @@ Ends with 0, or with 1 where losses differ by more than 2e-2 (bfloat16) or 1e-5 
     mpirun -n 2 python -m mpmp.bench train --modes data,tensor --dtype float32 --repeats 4"""
 
 
+GENERATE = """Time generation on one rank beside transformers: the same GPT, prompt and weights.
+
+Both sides continue one prompt by the likeliest tokens, keys and values kept, and take turns, so
+that noise meets them alike. Tokens/s are new tokens over the whole call, the prompt's time
+included, by the median turn; the ratio is the median over pairs of turns.
+
+Ends with 0, or with 1 where the two sides say different tokens.
+
+    python -m mpmp.bench generate --against transformers --csv rows.csv
+    python -m mpmp.bench generate --sizes small --tokens 100 --repeats 15"""
+
+
+CHECKPOINT = """Save and load a state of some size, and write the same bytes plainly beside.
+
+Every rank writes its share; a time is that of the slowest rank. Ratios of least times: the save's
+speed over the disk's; the time that a save in the background blocks over that of a save at once;
+bytes read over bytes needed, where each rank loads a piece of what replicas have written.
+
+    mpirun -n 2 python -m mpmp.bench checkpoint --folder /scratch/bench --megabytes 2000"""
+
+
 def main() -> None:
     """Parse the command line, then measure; MPI is imported only in between."""
     with commands.guarded():
@@ -66,6 +91,15 @@ def _collectives(arguments: list[str]) -> Callable[[], None]:
     return lambda: bench(settings)
 
 
+def _checkpoint(arguments: list[str]) -> Callable[[], None]:
+    settings = commands.cli(
+        Checkpoints, "mpmp.bench checkpoint", CHECKPOINT, arguments, Checkpoints()
+    )
+    from mpmp.job.bench.checkpoint.run import bench
+
+    return lambda: bench(settings)
+
+
 def _train(arguments: list[str]) -> Callable[[], None]:
     settings = commands.cli(TrainSteps, "mpmp.bench train", TRAIN, arguments, TrainSteps())
     from mpmp.job.bench.train.run import bench
@@ -73,7 +107,21 @@ def _train(arguments: list[str]) -> Callable[[], None]:
     return lambda: bench(settings)
 
 
-SUBCOMMANDS = {"collectives": _collectives, "train": _train}
+def _generate(arguments: list[str]) -> Callable[[], None]:
+    settings = commands.cli(
+        GenerateTokens, "mpmp.bench generate", GENERATE, arguments, GenerateTokens()
+    )
+    from mpmp.job.bench.generate.run import bench
+
+    return lambda: bench(settings)
+
+
+SUBCOMMANDS = {
+    "collectives": _collectives,
+    "checkpoint": _checkpoint,
+    "train": _train,
+    "generate": _generate,
+}
 """Each reads its arguments and gives what is to be run."""
 
 

@@ -1,5 +1,6 @@
-"""The command line of every command: a recipe, then flags, later over earlier.
+"""The command line of every command: a task, a recipe, then flags, later over earlier.
 
+    --task tagging          what is learnt, and the settings it begins with
     --recipe FILE.toml      sections and settings as in config.py
     --layout dp2.pp2.tp2    sets the axes of the parallel section at once
     --section.key value     one setting
@@ -17,7 +18,7 @@ import io
 import re
 import sys
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import tyro
@@ -32,13 +33,23 @@ _LARGEST_RECIPE = 64 * 1024
 _OWN_FLAGS = """
 
 --recipe FILE.toml takes settings from a file, --layout dp2.pp2.tp2 sets the axes of the parallel
-section at once; flags win over both."""
+section at once; flags win over both. --task tagging begins with settings of its own."""
 
 
-def parse(program: str, description: str, default: Config, arguments: Sequence[str]) -> Config:
-    """The configuration of a command line; ends the process where it is wrong."""
+def parse(
+    program: str,
+    description: str,
+    default: Config,
+    arguments: Sequence[str],
+    tasks: Mapping[str, Config] | None = None,
+) -> Config:
+    """The configuration of a command line; ends the process where it is wrong.
+
+    ``tasks`` is what each task that the command knows begins with, beside that of ``default``.
+    """
     with guarded():
-        rest, default = _take_own_flags(list(arguments), default)
+        known = {**(tasks or {}), default.task: default}
+        rest, default = _take_own_flags(list(arguments), known, default)
         _refuse_unknown(rest, default)
         return cli(Config, program, description + _OWN_FLAGS, rest, default)
 
@@ -58,57 +69,98 @@ def fail(error: MpmpError) -> NoReturn:
     sys.exit(error.exit_code)
 
 
-def _take_own_flags(arguments: list[str], default: Config) -> tuple[list[str], Config]:
-    """Apply --recipe and --layout to the default, and leave the other arguments."""
+def _take_own_flags(
+    arguments: list[str], tasks: Mapping[str, Config], default: Config
+) -> tuple[list[str], Config]:
+    """Apply --task, --recipe and --layout to the default, and leave the other arguments."""
     rest: list[str] = []
-    recipe = layout = None
+    own: dict[str, str] = {}
     while arguments:
         flag, has_value, value = arguments.pop(0).partition("=")
-        if flag not in ("--recipe", "--layout"):
+        if flag not in ("--task", "--recipe", "--layout"):
             rest.append(flag + has_value + value)
             continue
         if not has_value:
             if not arguments:
                 raise ConfigError(f"{flag} needs a value")
             value = arguments.pop(0)
-        if flag == "--recipe":
-            recipe = value
-        else:
-            layout = value
+        own[flag] = value
+    recipe = own.get("--recipe")
+    tables = {} if recipe is None else _read_tables(recipe)
+    said = tables.pop("task", default.task)
+    task = own.get("--task", said)
+    if task not in list(tasks):  # a recipe may say anything, a table, too
+        raise ConfigError(f"task must be {' or '.join(tasks)}, not {task!r}")
+    default = tasks[task]
+    weights = _said_weights(rest, tables)
+    if weights is not None:
+        default = _begun_with(weights, default)
     if recipe is not None:
-        default = read_recipe(recipe, default)
-    if layout is not None:
-        axes: dict[str, Any] = {"data": None} | parse_layout(layout)
+        default = _over(recipe, tables, default)
+    if "--layout" in own:
+        axes: dict[str, Any] = {"data": None} | parse_layout(own["--layout"])
         parallel = dataclasses.replace(default.parallel, **axes)
         default = dataclasses.replace(default, parallel=parallel)
     return rest, default
 
 
-def read_recipe(path: str, default: Config) -> Config:
-    """A TOML recipe over the default; unknown keys and wrong types are refused by name."""
+def _said_weights(arguments: Sequence[str], tables: Mapping[str, Any]) -> str | None:
+    """The setting model.weights, before the others are read."""
+    section = tables.get("model")
+    found = section.get("weights") if isinstance(section, dict) else None
+    for number, argument in enumerate(arguments):
+        flag, has_value, value = argument.partition("=")
+        if flag == "--model.weights":
+            found = value if has_value else "".join(arguments[number + 1 : number + 2])
+    return found if isinstance(found, str) and found else None
+
+
+def _begun_with(weights: str, default: Config) -> Config:
+    """The default with the model, and the tokenizer, that the weights were made with."""
+    from mpmp.checkpoint.huggingface import describe  # needs torch, which --help does not
+
+    found = describe(weights)
+    if found is None:
+        return default
+    model = dataclasses.replace(found.model, seed=default.model.seed)
+    data = default.data
+    if found.tokenizer is not None:
+        data = dataclasses.replace(data, tokenizer=found.tokenizer)
+    return dataclasses.replace(default, model=model, data=data)
+
+
+def _read_tables(path: str) -> dict[str, Any]:
+    """The tables of a TOML recipe."""
     try:
         with open(path, "rb") as file:
             text = file.read(_LARGEST_RECIPE + 1)
         if len(text) > _LARGEST_RECIPE:
             raise ConfigError(f"recipe {path} is longer than {_LARGEST_RECIPE} bytes")
-        tables = tomllib.loads(text.decode())
+        return tomllib.loads(text.decode())
     except OSError as error:
         raise ConfigError(f"recipe {path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:  # a number of 5000 digits, 1000 brackets
         raise ConfigError(f"recipe {path} is not TOML: {error}") from error
-    sections = {field.name: field for field in dataclasses.fields(Config)}
+
+
+def _over(path: str, tables: dict[str, Any], default: Config) -> Config:
+    """A recipe's tables over the default; unknown keys and wrong types are refused by name."""
+    sections = _sections(default)
     changed: dict[str, Any] = {}
     for name, values in tables.items():
         _known(name, sections, f"recipe {path} has an unknown section")
         if not isinstance(values, dict):
             raise ConfigError(f"recipe {path}: {name} must be a section, [{name}]")
-        section = getattr(default, name)
-        keys = {field.name: field for field in dataclasses.fields(section)}
+        keys = {field.name: field for field in dataclasses.fields(sections[name])}
         for key, value in values.items():
             _known(key, keys, f"recipe {path} has an unknown setting in [{name}]:")
             values[key] = _typed(path, f"{name}.{key}", value, str(keys[key].type))
-        changed[name] = dataclasses.replace(section, **values)
+        changed[name] = dataclasses.replace(sections[name], **values)
     return dataclasses.replace(default, **changed)
+
+
+def _sections(config: Config) -> dict[str, Any]:
+    return {name: one for name, one in vars(config).items() if dataclasses.is_dataclass(one)}
 
 
 def _typed(path: str, name: str, value: Any, annotation: str) -> Any:
@@ -127,7 +179,7 @@ def _typed(path: str, name: str, value: Any, annotation: str) -> Any:
 def _known_flag(name: str, flags: dict[str, Any]) -> None:
     if name in flags:
         return
-    near = difflib.get_close_matches(name, [*flags, "recipe", "layout"], n=1)
+    near = difflib.get_close_matches(name, [*flags, "task", "recipe", "layout"], n=1)
     hint = f"did you mean --{near[0]}?" if near else "see --help"
     raise ConfigError(f"unknown flag --{name}; {hint}")
 
@@ -142,9 +194,9 @@ def _known(name: str, table: dict[str, Any], sentence: str) -> None:
 
 def _refuse_unknown(arguments: list[str], default: Config) -> None:
     flags = {
-        f"{section.name}.{field.name}": field
-        for section in dataclasses.fields(Config)
-        for field in dataclasses.fields(getattr(default, section.name))
+        f"{name}.{field.name}": field
+        for name, section in _sections(default).items()
+        for field in dataclasses.fields(section)
     }
     for argument in arguments:
         if argument.startswith("--") and argument != "--help":
@@ -166,6 +218,7 @@ def cli(kind: type[T], program: str, description: str, arguments: Sequence[str],
                 args=arguments,
                 use_underscores=True,
                 console_outputs=told_rank() == 0,
+                config=(tyro.conf.UseAppendAction,),  # a flag may be given several times
             )
     except SystemExit as left:
         if not left.code:

@@ -146,6 +146,14 @@ class Model:
     """Probability that an activation (an attention weight, too) is dropped in training."""
     tied: bool = True
     """The output layer uses the embedding's weights."""
+    vocabulary: int | None = None
+    """Rows of the embedding; omitted: as many as the tokenizer has tokens."""
+    token_types: int = 2
+    """Vectors of which bert adds one to each token; text is of the first type."""
+    norm_eps: float = 1e-5
+    """Added to the variance that a norm divides by."""
+    rope_base: float = 10_000.0
+    """Angles of llama's positions: that of pair i is position x rope_base ** (-2 i / head)."""
     experts: int = 0
     """Feed-forwards of each block, of which a token takes the top_k best; 0: one for all."""
     top_k: int = 2
@@ -156,12 +164,18 @@ class Model:
     """Weight of the auxiliary loss that spreads tokens over the experts."""
     seed: int = 1
     """Key of the initial weights and of the dropout masks."""
+    weights: str | None = None
+    """A Hugging Face folder, or a merged model.safetensors, whose weights a run begins from."""
 
     def __post_init__(self) -> None:
         _require_finite("model", self)
-        for name in ("layers", "heads", "width", "context", "kv_heads", "hidden", "top_k"):
+        counts = ("layers", "heads", "width", "context", "kv_heads", "hidden", "top_k")
+        for name in (*counts, "vocabulary", "token_types"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"model.{name} must be at least 1, not {value}")
+        for name in ("norm_eps", "rope_base"):
+            value = getattr(self, name)
+            _require(value > 0, f"model.{name} must be positive, not {value}")
         for name in ("experts", "capacity", "balance"):
             value = getattr(self, name)
             _require(value >= 0, f"model.{name} must not be negative, not {value}")
@@ -201,9 +215,15 @@ class Data:
     """What is learnt from."""
 
     path: str | None = None
-    """A text file or a folder; omitted: the source of Python's standard library."""
+    """Text file or folder (tagging: CoNLL files); omitted: Python's library (made-up sentences)."""
+    validation: str | None = None
+    """Tagging: the CoNLL file to validate on, where the path is the file to learn from."""
+    test: str | None = None
+    """Tagging: the CoNLL file to test on, where the path is the file to learn from."""
     tokenizer: str | None = None
-    """A tokenizer file of Hugging Face tokenizers; omitted: bytes and one end-of-text token."""
+    """File of Hugging Face tokenizers; omitted: bytes and end-of-text (tagging: learnt pieces)."""
+    vocabulary: int = 1000
+    """Tagging: word pieces learnt from the training split, where no tokenizer is given."""
     seed: int = 1
     """Key of the order in which windows are visited."""
     shortest: int | None = None
@@ -214,6 +234,7 @@ class Data:
             self.shortest is None or self.shortest >= 1,
             f"data.shortest must be at least 1, not {self.shortest}",
         )
+        _require(self.vocabulary >= 1, f"data.vocabulary must be at least 1, not {self.vocabulary}")
 
 
 @dataclass(frozen=True)
@@ -252,9 +273,11 @@ class Train:
     """How long, how much at once, in which precision, and what is written down."""
 
     steps: int | None = None
-    """Optimiser steps; omitted: as many as fit into the minutes."""
+    """Most optimiser steps; omitted: those of the epochs, or as many as fit into the minutes."""
+    epochs: int | None = None
+    """Most visits of each sequence of the training split."""
     minutes: float | None = None
-    """Training time, resumptions counted in; omitted: 3 without steps, else no limit."""
+    """Training time, resumptions counted in; omitted: 3 without steps and epochs, else no limit."""
     batch: int = 16
     """Sequences of a step, over all ranks."""
     dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32"
@@ -268,9 +291,9 @@ class Train:
     log_every: int = 10
     """Steps between two lines of a log."""
     eval_every: int = 0
-    """Steps between two validations; 0 validates at the end only."""
+    """Steps between two validations; 0 validates at the end, and of each epoch where set."""
     eval_batches: int = 40
-    """Batches of a validation."""
+    """Batches of a validation; tagging reads every sentence."""
     sample_tokens: int = 200
     """Tokens of the sample shown at the end; 0 shows none."""
 
@@ -287,6 +310,10 @@ class Train:
             f"train.steps must be at least 1, not {self.steps}",
         )
         _require(
+            self.epochs is None or self.epochs >= 1,
+            f"train.epochs must be at least 1, not {self.epochs}",
+        )
+        _require(
             self.minutes is None or self.minutes > 0,
             f"train.minutes must be positive, not {self.minutes}",
         )
@@ -296,7 +323,7 @@ class Train:
         """Seconds after which training ends."""
         if self.minutes is not None:
             return 60 * self.minutes
-        return 180.0 if self.steps is None else float("inf")
+        return 180.0 if self.steps is None and self.epochs is None else float("inf")
 
 
 @dataclass(frozen=True)
@@ -309,6 +336,8 @@ class Checkpoint:
     """Steps between two checkpoints; 0 saves at the end only."""
     keep: int = 2
     """Checkpoints that are kept."""
+    background: bool = True
+    """Steps go on while a checkpoint is written, from a copy that takes as much memory again."""
     resume: bool = False
     """Go on from the newest good checkpoint of the folder."""
 
@@ -326,6 +355,8 @@ class Checkpoint:
 class Config:
     """All settings of a run."""
 
+    task: Literal["language", "tagging"] = "language"
+    """What is learnt: to foretell tokens of text, or to tag the words of CoNLL files."""
     parallel: Parallel = field(default_factory=Parallel)
     comm: Comm = field(default_factory=Comm)
     model: Model = field(default_factory=Model)
@@ -333,6 +364,29 @@ class Config:
     optimizer: Optimizer = field(default_factory=Optimizer)
     train: Train = field(default_factory=Train)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+
+    def __post_init__(self) -> None:
+        _require(
+            self.task != "tagging" or self.model.kind == "bert",
+            f"task tagging takes model.kind bert, which sees both sides of a word, "
+            f"not {self.model.kind}",
+        )
+        _require(
+            self.task != "tagging" or self.data.shortest is None,
+            "data.shortest cuts text, but task tagging keeps every word; leave it out",
+        )
+
+
+TASKS = {
+    "language": Config(),
+    "tagging": Config(
+        task="tagging",
+        model=Model(kind="bert", layers=2, width=128, dropout=0.1),
+        optimizer=Optimizer(learning_rate=1e-3, warmup_steps=20, weight_decay=0.01, beta2=0.999),
+        train=Train(epochs=5, batch=32),
+    ),
+}
+"""What a task begins with, before a recipe and flags."""
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -92,8 +92,8 @@ def verify(config: Config, asked: Asked) -> None:
     corpus = setup.read_corpus(config, world)
     for name, one in named:
         mesh = setup.make_mesh(one, world)
-        batches = setup.make_batches(one, corpus)
-        result = compare(one, mesh, batches, one.train.steps or STEPS, LIMIT)
+        objective = setup.make_objective(one, corpus)
+        result = compare(one, mesh, objective, one.train.steps or STEPS, LIMIT)
         results[name or mesh.layout] = result
         if world.rank == 0:
             print(

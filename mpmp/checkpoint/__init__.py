@@ -1,16 +1,37 @@
 """Floor 3: what outlives the job: checkpoints, the exported model, the lock on a run's folder.
 
     with locked(folder, mesh):
-        loaded = load(folder, mesh)
-        path = save(folder, step, tensors, meta, mesh, keep=2)
+        loaded = load(folder, lambda found: held, mesh)     # held are filled, in any layout
+        path = save(folder, step, held, meta, mesh, keep=2)
         export(folder / "model.safetensors", merged, metadata, mesh)
 
-All four are called by all ranks together and fail on all alike. No pickle anywhere.
+Called by all ranks together; they fail on all alike. No pickle anywhere. Tensors are addressed by
+their global name and the part of it that a rank holds (``Held``), never by rank or layout.
 """
 
+from mpmp.checkpoint.alone import ALONE
+from mpmp.checkpoint.contents import Contents, Stored
+from mpmp.checkpoint.dealing import DamageError, read
 from mpmp.checkpoint.exporting import export
-from mpmp.checkpoint.loading import Loaded, load
+from mpmp.checkpoint.held import Held
+from mpmp.checkpoint.loading import Found, Loaded, load, newest, tensor_files
 from mpmp.checkpoint.locking import locked
-from mpmp.checkpoint.saving import save
+from mpmp.checkpoint.saving import Saver, save
 
-__all__ = ["Loaded", "export", "load", "locked", "save"]
+__all__ = [
+    "ALONE",
+    "Contents",
+    "DamageError",
+    "Found",
+    "Held",
+    "Loaded",
+    "Saver",
+    "Stored",
+    "export",
+    "load",
+    "locked",
+    "newest",
+    "read",
+    "save",
+    "tensor_files",
+]

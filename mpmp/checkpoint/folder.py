@@ -3,7 +3,7 @@
 It looks like this:
 
     runs/default/
-      step_00000012/       a checkpoint: the manifest and one shard a pipeline and tensor rank
+      step_00000012/       a checkpoint: the manifest, and a shard of each rank that wrote a part
       step_00000012.2/     the same step saved again; the first stays until this one is whole
       step_00000024.tmp/   being written, or left by a job that was killed while it wrote
       latest               text: the folder saved last, for people and scripts
@@ -22,6 +22,7 @@ from pathlib import Path
 from mpmp.checkpoint import manifest
 from mpmp.checkpoint.blocks import open_plain
 from mpmp.checkpoint.manifest import Manifest
+from mpmp.checkpoint.points import point
 from mpmp.errors import CheckpointError
 
 LATEST = "latest"
@@ -66,14 +67,13 @@ def read_manifest(step_folder: Path) -> tuple[str, Manifest]:
         raise CheckpointError("is not a folder but a file or a symbolic link")
     try:
         with open_plain(str(step_folder / manifest.FILE)) as file:
-            data = file.read(manifest.LONGEST_BYTES + 1)
-        text = data.decode("ascii")
+            if os.fstat(file.fileno()).st_size > manifest.LONGEST_BYTES:
+                raise CheckpointError(f"has a manifest of more than {manifest.LONGEST_BYTES} bytes")
+            text = file.read().decode("ascii")
     except FileNotFoundError:
         raise CheckpointError("has no manifest") from None
     except UnicodeDecodeError:
         raise CheckpointError("has a damaged manifest: it is not text") from None
-    if len(data) > manifest.LONGEST_BYTES:
-        raise CheckpointError(f"has a manifest of more than {manifest.LONGEST_BYTES} bytes")
     found = manifest.parse(text)
     said = _STEP.fullmatch(step_folder.name)
     if said is None or int(said[1]) != found.step:
@@ -123,33 +123,42 @@ def remove(path: Path) -> None:
         pass
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Remove all but the ``keep`` checkpoints saved last.
+def prune(folder: Path, keep: int) -> list[str]:
+    """Remove all but the ``keep`` checkpoints saved last, and what unfinished saves have left.
+
+    Returns the names of those removed.
+    """
+    names = doomed(folder, keep)
+    for name in names:
+        # Renamed first, so that what is left by a kill half-way is not taken for a checkpoint.
+        os.rename(folder / name, folder / f"{name}.tmp")
+        point("pruning")
+        remove(folder / f"{name}.tmp")
+    for name in unfinished(folder):
+        remove(folder / name)
+    return names
+
+
+def doomed(folder: Path, keep: int) -> list[str]:
+    """Names of the checkpoints that are too old where ``keep`` are kept.
 
     One whose shards are missing or of a wrong length does not count and goes, too; one whose
     manifest cannot be read stays, for a later mpmp may have written it.
     """
     whole: list[tuple[int, str]] = []
-    doomed: list[str] = []
+    found: list[str] = []
     for name in step_folders(folder):
         try:
-            found = read_manifest(folder / name)[1]
+            one = read_manifest(folder / name)[1]
         except CheckpointError:
             continue
         if all(
-            _length(folder / name / shard) == one.size_bytes for shard, one in found.shards.items()
+            _length(folder / name / file) == said.size_bytes for file, said in one.files.items()
         ):
-            whole.append((found.serial, name))
+            whole.append((one.serial, name))
         else:
-            doomed.append(name)
-    doomed += [name for _, name in sorted(whole)[:-keep]]
-    for name in doomed:
-        # Renamed first, so that what is left by a kill half-way is not taken for a checkpoint.
-        aside = folder / f"{name}.tmp"
-        os.rename(folder / name, aside)
-        remove(aside)
-    for name in unfinished(folder):
-        remove(folder / name)
+            found.append(name)
+    return found + [name for _, name in sorted(whole)[:-keep]]
 
 
 def _length(path: Path) -> int:

@@ -1,4 +1,4 @@
-"""safetensors files: written tensor by tensor, read without believing what they say.
+"""safetensors files: laid out before they are written, read without believing what they say.
 
     8 bytes: N, little-endian | N bytes: {"name": {"dtype", "shape", "data_offsets"}, ..} | data
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -30,58 +31,61 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _METADATA = "__metadata__"
 _LONGEST_HEADER = 100_000_000  # bytes; the library's own limit
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor of a file: ``offset`` counts from the beginning of the file."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def size_bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
 
 
 # --- writing ------------------------------------------------------------------------------------
 
 
-def write(
-    tensors: Mapping[str, Tensor],
-    metadata: Mapping[str, str],
-    put: Callable[[bytes | memoryview], object],
-) -> None:
-    """Give the bytes of a file to ``put``, one tensor at a time on the host."""
-    put(_header(tensors, metadata))
-    for name in _order(tensors):
-        put(_host_bytes(tensors[name]))
+Kind = tuple[torch.dtype, tuple[int, ...]]
+"""The dtype and the shape of a tensor."""
 
 
-def size_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:
-    """Length of the file that :func:`write` makes; raises TensorError for what it cannot hold."""
-    data = sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
-    return len(_header(tensors, metadata)) + data
+def kind_of(name: str, tensor: Tensor) -> Kind:
+    """A tensor's kind; TensorError for what a safetensors file cannot hold."""
+    if tensor.dtype not in NAMES or tensor.layout != torch.strided or name == _METADATA:
+        raise TensorError(
+            f"tensor {name!r} ({tensor.layout} of {tensor.dtype}) cannot be written to a "
+            f"safetensors file; known are dense tensors of {', '.join(DTYPES)}"
+        )
+    return tensor.dtype, tuple(tensor.shape)
 
 
-def _order(tensors: Mapping[str, Tensor]) -> list[str]:
-    return sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
-
-
-def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    entries: dict[str, Any] = {_METADATA: {"format": "pt", **metadata}}
-    offset = 0
-    for name in _order(tensors):
-        tensor = tensors[name]
-        if tensor.dtype not in _NAMES or tensor.layout != torch.strided or name == _METADATA:
-            raise TensorError(
-                f"tensor {name!r} ({tensor.layout} of {tensor.dtype}) cannot be written to a "
-                f"safetensors file; known are dense tensors of {', '.join(DTYPES)}"
-            )
-        end = offset + tensor.numel() * tensor.itemsize
-        entries[name] = {
-            "dtype": _NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
+def lay_out(
+    tensors: Mapping[str, Kind], metadata: Mapping[str, str]
+) -> tuple[bytes, list[Entry]]:
+    """The header of a file of such tensors, and where each of them lies, in the file's order."""
+    said: dict[str, Any] = {_METADATA: {"format": "pt", **metadata}}
+    entries: list[Entry] = []
+    end = 0
+    for name in sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name)):
+        dtype, shape = tensors[name]
+        start, end = end, end + prod(shape) * dtype.itemsize
+        said[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        entries.append(Entry(name, dtype, shape, start))
+    text = json.dumps(said, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    header = len(text).to_bytes(8, "little") + text
+    return header, [Entry(e.name, e.dtype, e.shape, e.offset + len(header)) for e in entries]
 
 
-def _host_bytes(tensor: Tensor) -> memoryview:
+def host_bytes(tensor: Tensor) -> memoryview:
     """The elements' bytes; of a contiguous tensor on the host, its own memory."""
     flat = tensor.detach().cpu().resolve_neg().contiguous().view(-1)
     return flat.view(torch.uint8).numpy().data
@@ -90,55 +94,40 @@ def _host_bytes(tensor: Tensor) -> memoryview:
 # --- reading ------------------------------------------------------------------------------------
 
 
-def read(fill: Callable[[memoryview], None], size_bytes: int) -> dict[str, Tensor]:
-    """Tensors, on the host, of a file of that size whose next bytes ``fill`` puts into memory.
+def read_entries(take: Callable[[int], bytes], size_bytes: int) -> list[Entry]:
+    """The tensors of a file of that size, whose next bytes ``take`` gives, in the file's order.
 
     Raises CheckpointError where the header is not one that the data can have.
     """
-
-    def take(count: int) -> bytes:
-        buffer = bytearray(count)
-        fill(memoryview(buffer))
-        return bytes(buffer)
-
     length = int.from_bytes(take(8), "little") if size_bytes >= 8 else 0
     if not 2 <= length <= min(size_bytes - 8, _LONGEST_HEADER):
         raise CheckpointError(f"says its header has {length} bytes, in a file of {size_bytes}")
-    tensors = {}
-    for name, shape, dtype in _entries(take(length), size_bytes - 8 - length):
-        tensors[name] = torch.empty(shape, dtype=dtype)
-        fill(_host_bytes(tensors[name]))
-    return tensors
-
-
-def _entries(header: bytes, data_bytes: int) -> list[tuple[str, list[int], torch.dtype]]:
-    """Name, shape and dtype in the order of the data, which they fill without a gap."""
-    said = parse_object(header, "header")
+    said = parse_object(take(length), "header")
     said.pop(_METADATA, None)
-    found = []
-    for name, entry in said.items():
-        try:
-            dtype, shape, (start, end) = (
-                DTYPES[entry["dtype"]],
-                entry["shape"],
-                entry["data_offsets"],
-            )
-            whole = [*shape, start, end]
-        except (KeyError, TypeError, ValueError):
-            raise CheckpointError(f"describes tensor {name!r} in a way not understood") from None
-        if not all(type(number) is int and number >= 0 for number in whole):
-            raise CheckpointError(f"describes tensor {name!r} by numbers that are not lengths")
-        # The second bound keeps the strides of an empty tensor within 64 bits.
-        if end - start != prod(shape) * dtype.itemsize or prod(n or 1 for n in shape) >= 1 << 60:
-            raise CheckpointError(
-                f"gives tensor {name!r} of shape {shape} and {dtype} {end - start} bytes"
-            )
-        found.append((start, end, name, shape, dtype))
-    found.sort(key=lambda one: one[:3])
-    ends = [0, *(one[1] for one in found)]
-    if [one[0] for one in found] != ends[:-1] or ends[-1] != data_bytes:
+    found = sorted((_entry(name, entry) for name, entry in said.items()), key=lambda one: one[0])
+    ends = [0, *(end for (_, end), _ in found)]
+    data_bytes = size_bytes - 8 - length
+    if [start for (start, _), _ in found] != ends[:-1] or ends[-1] != data_bytes:
         raise CheckpointError(f"describes tensors that do not fill its {data_bytes} bytes of data")
-    return [(name, shape, dtype) for _, _, name, shape, dtype in found]
+    return [Entry(e.name, e.dtype, e.shape, e.offset + 8 + length) for _, e in found]
+
+
+def _entry(name: str, said: Any) -> tuple[tuple[int, int], Entry]:
+    """A tensor that a header describes, and its place in the data."""
+    try:
+        dtype, shape = DTYPES[said["dtype"]], said["shape"]
+        start, end = said["data_offsets"]
+        numbers = [*shape, start, end]
+    except (KeyError, TypeError, ValueError):
+        raise CheckpointError(f"describes tensor {name!r} in a way not understood") from None
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise CheckpointError(f"describes tensor {name!r} by numbers that are not lengths")
+    # The second bound keeps the strides of an empty tensor within 64 bits.
+    if end - start != prod(shape) * dtype.itemsize or prod(n or 1 for n in shape) >= 1 << 60:
+        raise CheckpointError(
+            f"gives tensor {name!r} of shape {shape} and {dtype} {end - start} bytes"
+        )
+    return (start, end), Entry(name, dtype, tuple(shape), start)
 
 
 def parse_object(text: bytes, what: str) -> dict[str, Any]:

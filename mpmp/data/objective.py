@@ -1,4 +1,4 @@
-"""What a model is asked: to foretell each next token, or the tokens that are masked.
+"""What a model is asked; here, to foretell each next token, or the tokens that are masked.
 
     next token     a b c d   ->   b c d e        every token counts once
     masked words   a # c x   ->   . b . d        15 % of the tokens: 80 % of them hidden by a mask,
@@ -14,6 +14,7 @@ Shapes: B sequences, T tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -54,18 +55,57 @@ class Sequences:
         )
 
 
-class Objective:
-    """The rows that training and validation read of the batches, with what is asked for.
+class Objective(Protocol):
+    """What a model is asked in each batch of training and validation, on any layout."""
+
+    vocabulary: int
+    """Tokens that the model knows."""
+    tags: int
+    """Tags that a token may have; 0 where tokens are foretold."""
+    sequences: int
+    """Of an epoch."""
+
+    def training(self, step: int, start: int, stop: int) -> Sequences:
+        """Rows ``start`` to ``stop`` of the step's batch."""
+        ...
+
+    def counted(self, step: int) -> int:
+        """Tokens of the step's batch, over all replicas, whose loss counts."""
+        ...
+
+    def tokens(self, step: int) -> int:
+        """Tokens of the step's batch that are no padding."""
+        ...
+
+    @property
+    def validation_batches(self) -> int:
+        """Batches of a validation."""
+        ...
+
+    def validation(self, index: int) -> Sequences:
+        """Batch ``index`` of a validation."""
+        ...
+
+    def scored(self) -> int:
+        """Tokens that a whole validation counts."""
+        ...
+
+
+class LanguageObjective:
+    """The tokens of a text: the next one of each, or those that are masked.
 
     ``masked``: masked words, else the next token. ``shortest``: sequences of training are cut to
     lengths drawn from there up to the context.
     """
+
+    tags = 0
 
     def __init__(self, batches: Batches, *, masked: bool = False, shortest: int | None = None):
         self.batches, self.masked, self.shortest = batches, masked, shortest
         tokenizer = batches.corpus.tokenizer
         self.mask = tokenizer.vocabulary if tokenizer.mask is None else tokenizer.mask
         self.vocabulary = max(tokenizer.vocabulary, self.mask + 1 if masked else 0)
+        self.sequences = batches.windows
 
     def training(self, step: int, start: int, stop: int) -> Sequences:
         """Rows ``start`` to ``stop`` of the step's batch."""
@@ -80,6 +120,17 @@ class Objective:
         if not self.masked and self.shortest is None:
             return size * self.batches.context
         return self.training(step, 0, size).counted
+
+    def tokens(self, step: int) -> int:
+        """Tokens of the step's batch that are no padding."""
+        size = self.batches.batch_size
+        lengths = self._lengths(torch.arange(step * size, (step + 1) * size))
+        return size * self.batches.context if lengths is None else int(lengths.sum())
+
+    @property
+    def validation_batches(self) -> int:
+        """Batches of a validation."""
+        return self.batches.validation_batches
 
     def validation(self, index: int) -> Sequences:
         """Batch ``index`` of a validation."""

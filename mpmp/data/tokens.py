@@ -26,6 +26,8 @@ class Tokenizer(Protocol):
     """The token written after each document, where there is one."""
     mask: int | None
     """The token that hides a word, where there is one."""
+    file: str | None
+    """Text of the tokenizer's file, where there is one."""
 
     def encode(self, text: bytes | str) -> Tokens: ...
 
@@ -45,6 +47,7 @@ class ByteTokenizer:
     vocabulary: int = 257
     end_of_text: int | None = 256
     mask: int | None = None
+    file: str | None = None
 
     def encode(self, text: bytes | str) -> Tokens:
         data = text.encode() if isinstance(text, str) else text
@@ -73,7 +76,8 @@ class FileTokenizer:
                 "install it by pip install tokenizers, or leave the setting out to train on bytes"
             ) from None
         try:
-            self._library = Library.from_buffer(Path(path).read_bytes())
+            text = Path(path).read_bytes()
+            self._library = Library.from_buffer(text)
         except OSError as error:
             raise InputOutputError(
                 f"data.tokenizer {path!r} cannot be read ({error.strerror}); "
@@ -84,6 +88,7 @@ class FileTokenizer:
                 f"data.tokenizer {path!r} is no tokenizer file of Hugging Face tokenizers "
                 f"({error}); give a tokenizer.json, or leave the setting out to train on bytes"
             ) from None
+        self.file: str | None = text.decode()
         self._library.no_truncation()
         self._library.no_padding()
         # The highest number counts, not the number of tokens: files may leave numbers out.
@@ -95,6 +100,14 @@ class FileTokenizer:
             (numbers[name] for name in _ENDS_OF_TEXT if name in numbers), None
         )
         self.mask: int | None = next((numbers[name] for name in _MASKS if name in numbers), None)
+
+    @property
+    def opening(self) -> list[int]:
+        """Tokens that the file itself puts in front of a text, as foreign models have learnt it."""
+        plain = self._library.encode("a", add_special_tokens=False).ids
+        whole = self._library.encode("a", add_special_tokens=True).ids
+        places = (at for at in range(len(whole)) if whole[at : at + len(plain)] == plain)
+        return list(whole[: next(places, 0)])
 
     def encode(self, text: bytes | str) -> Tokens:
         """A text longer than 1 MiB is cut into pieces of whole lines.

@@ -38,9 +38,15 @@ class Assembly:
 
 
 def assemble(
-    config: Config, mesh: Mesh, vocabulary: int, example: Callable[[], Microbatch]
+    config: Config,
+    mesh: Mesh,
+    vocabulary: int,
+    example: Callable[[], Microbatch],
+    tags: int = 0,
 ) -> Assembly:
     """Build what this rank holds of the model; ``example`` gives what layers are measured with.
+
+    ``tags`` makes a classifier of tokens of as many tags.
 
     Raises LayoutError or ConfigError, on every rank alike, for what cannot be combined.
     """
@@ -49,7 +55,7 @@ def assemble(
     if parallel.schedule.endswith(".csv"):  # two orders would hang
         sha256 = hashlib.sha256(Path(parallel.schedule).read_bytes()).hexdigest()
         setup.agree(mesh.world, f"schedule in {parallel.schedule}", sha256)
-    refuse(config, mesh, vocabulary, schedule)
+    refuse(config, mesh, vocabulary, schedule, tags)
     dtype = torch.float64 if train.dtype == "float64" else torch.float32
 
     deferred = Deferred()
@@ -67,6 +73,7 @@ def assemble(
             compile=train.compile,
             embedding=embedding,
             transient=parallel.zero == 3,
+            tags=tags,
             deferred=deferred,
         )
 
@@ -96,10 +103,10 @@ def arithmetic(config: Config, mesh: Mesh) -> Arithmetic:
     return partial(torch.autocast, mesh.world.device.type, dtype=dtypes[config.train.dtype])
 
 
-def refuse(config: Config, mesh: Mesh, vocabulary: int, schedule: Schedule) -> None:
+def refuse(config: Config, mesh: Mesh, vocabulary: int, schedule: Schedule, tags: int = 0) -> None:
     """LayoutError or ConfigError for combinations that cannot be, with the reason."""
     parallel = config.parallel
-    models.refuse(config, mesh, vocabulary, splits=schedule.splits)
+    models.refuse(config, mesh, vocabulary, splits=schedule.splits, tags=tags)
     rows = config.train.batch // mesh.data.size
     schedule.demand(mesh.pipeline.size, parallel.num_microbatches(rows))
     if parallel.expert > 1 and config.model.experts < parallel.expert:

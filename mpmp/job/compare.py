@@ -16,6 +16,7 @@ from torch import Tensor
 from mpmp.comm.mesh import Mesh
 from mpmp.config import Config, Parallel
 from mpmp.data.loader import Batches
+from mpmp.data.objective import LanguageObjective
 from mpmp.errors import VerifyError
 from mpmp.job.training import Training
 from mpmp.parallel.merge import digest, merge
@@ -45,22 +46,24 @@ class Comparison:
         return "   ".join(f"{kind} {error:.1e}" for kind, (error, _) in self.worst.items())
 
 
-def compare(config: Config, mesh: Mesh, batches: Batches, steps: int, limit: float) -> Comparison:
+def compare(
+    config: Config, mesh: Mesh, objective: LanguageObjective, steps: int, limit: float
+) -> Comparison:
     """Take ``steps`` in the layout of ``mesh`` and in one process, and compare.
 
     The result is complete on rank 0; VerifyError is raised there alone, and waiting ranks sleep
     meanwhile.
     """
     result = Comparison(mesh.layout)
-    result.batches_sha256 = batches_digest(mesh, batches)
-    ours = Training(config, mesh, batches)
+    result.batches_sha256 = batches_digest(mesh, objective.batches)
+    ours = Training(config, mesh, objective)
     theirs: Training | None = None
     start = merge(ours.weights(), mesh)
     if mesh.world.rank == 0:
         result.weights_sha256 = digest(start)
         train = replace(config.train, recompute="none", compile=False)
         alone = replace(config, parallel=Parallel(data=1), train=train)
-        theirs = Training(alone, Mesh.single(mesh.world), batches)
+        theirs = Training(alone, Mesh.single(mesh.world), objective)
         _note_all(result, "initial weight", start, _plain(theirs.weights()), limit)
     for number in range(steps):
         step = ours.step(number, number / steps)

@@ -5,25 +5,34 @@ from __future__ import annotations
 import json
 import resource
 import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 import mpmp
 from mpmp import checkpoint
+from mpmp.checkpoint.huggingface import copy_tokenizer
+from mpmp.checkpoint.merged import metadata
 from mpmp.comm.agreement import on_first
 from mpmp.comm.mesh import Mesh
 from mpmp.config import Config, config_hash, differences, to_dict
-from mpmp.data.baselines import Score, baselines, bits_per_byte
-from mpmp.errors import CheckpointError
-from mpmp.job import setup
+from mpmp.data.objective import Objective
+from mpmp.errors import CheckpointError, NotFiniteError
+from mpmp.job import setup, state
+from mpmp.job.language import LanguageTask
 from mpmp.job.report import Metrics, Reporter, duration, table
-from mpmp.job.sample import sample
 from mpmp.job.shares import Shares, Stopwatch
+from mpmp.job.tagging import TaggingTask
+from mpmp.job.task import Task
 from mpmp.job.training import Step, Training
 from mpmp.parallel.merge import digest, merge
 
-_PROMPT = "def "
+TASKS: dict[str, Callable[[Config, Mesh], Task]] = {
+    "language": LanguageTask,
+    "tagging": TaggingTask,
+}
 _NAMES = {"gpt": "GPT", "llama": "LLaMA", "bert": "BERT", "mlp": "MLP"}
 
 
@@ -31,21 +40,27 @@ def train(config: Config) -> None:
     """Train as configured; returns on all ranks when the closing table was shown."""
     world = setup.begin(config)
     mesh = setup.make_mesh(config, world)
-    batches = setup.read_batches(config, world)
-    training = Training(config, mesh, batches)
-    Run(config, mesh, training).all()
+    task = TASKS[config.task](config, mesh)
+    folder = setup.run_folder(config, mesh)
+    training = Training(state.with_saved_cut(config, folder, mesh), mesh, task.objective)
+    Run(config, mesh, task, training, folder).all()
 
 
 class Run:
     """One run: what it shows, writes and saves while the training steps are taken."""
 
-    def __init__(self, config: Config, mesh: Mesh, training: Training) -> None:
-        self.config, self.mesh, self.training = config, mesh, training
+    def __init__(
+        self, config: Config, mesh: Mesh, task: Task, training: Training, folder: Path
+    ) -> None:
+        self.config, self.mesh, self.task, self.training = config, mesh, task, training
         self.fault = setup.fault_from_environment()
-        self.folder = setup.run_folder(config, mesh)
+        self.folder, settings = folder, config.checkpoint
+        self.saver = checkpoint.Saver(folder, mesh, settings.keep, background=settings.background)
+        training.asked = self.saver.done
         self.show = Reporter(mesh.world.rank == 0, config.train.log_every)
-        self.tokens_per_step = config.train.batch * config.model.context
-        self.saved = -1
+        self.steps = _steps_of(config, task.objective)
+        self.tokens = 0
+        self.saved = self.validated = -1
         self.elapsed_s = 0.0
 
     def all(self) -> None:
@@ -57,12 +72,18 @@ class Run:
                 resume_from=first if self.config.checkpoint.resume else None,
             )
             self._head()
-            last, laps = self._steps(first)
-            self._validate(last)
+            try:
+                last, laps = self._steps(first)
+            except NotFiniteError:  # on all ranks alike, which may have begun to save
+                self._tell_saved(self.saver.finish())
+                raise
+            if self.validated != last:
+                self._validate(last)
             if self.saved != last:
                 self._save(last)
+            self._tell_saved(self.saver.finish())
             self._export(last)
-            self._sample()
+            self.task.finish(self.training, self.folder, last, self.show, self.metrics)
             self._close(last - first, laps)
 
     # --- the steps --------------------------------------------------------------------------------
@@ -73,19 +94,21 @@ class Run:
         stopwatch, laps = Stopwatch(self.training), []
         self.training.began = time.perf_counter() - self.elapsed_s
         number = first
-        while (train.steps is None or number < train.steps) and self.elapsed_s < train.limit_s:
+        while (self.steps is None or number < self.steps) and self.elapsed_s < train.limit_s:
             if self.fault is not None:
                 self.fault.strike(self.mesh.world.rank, number)
-            if train.steps is None:
+            if self.steps is None:
                 progress = self.elapsed_s / train.limit_s
             else:
-                progress = number / train.steps
+                progress = number / self.steps
             step = self.training.step(number, progress)
             self.elapsed_s = step.elapsed_s
+            if step.agreed:
+                self._tell_saved(self.saver.settle())
             laps.append(stopwatch.lap())
             number += 1
             self._show_step(number, step, laps)
-            if train.eval_every and number % train.eval_every == 0:
+            if self._is_judged(number):
                 self._validate(number)
                 stopwatch.lap()
             if save_every and number % save_every == 0:
@@ -94,20 +117,21 @@ class Run:
         return number, laps
 
     def _show_step(self, number: int, step: Step, laps: list[Shares]) -> None:
-        train, lap = self.config.train, laps[-1]
-        speed = self.tokens_per_step / lap.total_s
-        left_s = train.limit_s - step.elapsed_s
-        if train.steps is not None:
+        lap, tokens = laps[-1], self.task.objective.tokens(number - 1)
+        self.tokens += tokens
+        speed = tokens / lap.total_s
+        left_s = self.config.train.limit_s - step.elapsed_s
+        if self.steps is not None:
             recent = [one.total_s for one in laps[-100:]]
-            left_s = min(left_s, sum(recent) / len(recent) * (train.steps - number))
-        of = "" if train.steps is None else f"/{train.steps}"
+            left_s = min(left_s, sum(recent) / len(recent) * (self.steps - number))
+        of = "" if self.steps is None else f"/{self.steps}"
         self.show.progress(
             number,
             f"step {number}{of}  loss {step.loss:.6f}  "
             f"{'overflow, skipped' if step.skipped else f'norm {step.norm:.3f}'}  "
             f"{speed:,.0f} tokens/s  communication {lap.part(lap.communication_s):.0%}  "
             f"bubble {lap.part(lap.bubble_s):.0%}  eta {duration(max(0.0, left_s))}",
-            last=number == train.steps,
+            last=number == self.steps,
         )
         self.metrics.write(
             event="step",
@@ -121,19 +145,18 @@ class Run:
             elapsed_s=step.elapsed_s,
         )
 
+    def _is_judged(self, number: int) -> bool:
+        """Whether a validation follows the step: every so many, or where an epoch has ended."""
+        train, sequences = self.config.train, self.task.objective.sequences
+        if train.eval_every or train.epochs is None:
+            return train.eval_every > 0 and number % train.eval_every == 0
+        return number * train.batch // sequences > (number - 1) * train.batch // sequences
+
     def _validate(self, number: int) -> None:
-        nats = self.training.validate()
-        if self.training.objective.masked:
-            self.show.line(f"validation after step {number}: {nats:.4f} nats per masked token")
-            self.metrics.write(event="validation", step=number, nats=nats)
-            return
-        bits = bits_per_byte(nats, self.training.batches)
-        beside = ", ".join(f"{name} {score.bits:.3f}" for name, score in self.baselines.items())
-        self.show.line(
-            f"validation after step {number}: {nats:.4f} nats per token, "
-            f"{bits:.3f} bits per byte ({beside})"
-        )
-        self.metrics.write(event="validation", step=number, nats=nats, bits_per_byte=bits)
+        said, values = self.task.validate(self.training)
+        self.validated = number
+        self.show.line(f"validation after step {number}: {said}")
+        self.metrics.write(event="validation", step=number, **values)
 
     # --- what is kept -----------------------------------------------------------------------------
 
@@ -141,51 +164,70 @@ class Run:
         """The number of the first step to take: 0, or where the newest good checkpoint stands."""
         if not self.config.checkpoint.resume:
             return 0
-        loaded = checkpoint.load(self.folder, self.mesh)
+        loaded = checkpoint.load(self.folder, self._wanted, self.mesh)
+        state.filled(self.training, loaded.meta)
         for line in loaded.skipped:
             self.show.line(line)
-        changes = differences(loaded.meta.get("config", {}), to_dict(self.config))
-        for setting, (old, new) in changes.items():
-            if setting.startswith("model."):
-                raise CheckpointError(
-                    f"{loaded.path} holds another model: {setting} is {old!r} there and {new!r} "
-                    "in this run; use the settings of the checkpoint"
-                )
-        self.training.load_state(loaded.tensors)
         self.saved, self.elapsed_s = loaded.step, float(loaded.meta.get("elapsed_s", 0.0))
         self.show.line(f"resumed from {loaded.path} after step {loaded.step}")
+        changes = differences(loaded.meta.get("config", {}), to_dict(self.config))
         for setting, (old, new) in changes.items():
             if not setting.startswith("checkpoint."):
                 self.show.line(f"changed since: {setting} from {old!r} to {new!r}")
-        if loaded.meta.get("text_sha256") != self.training.batches.corpus.sha256:
+        if loaded.meta.get("text_sha256") != self.task.sha256:
             self.show.line("changed since: the text; what was validated on may be learnt from now")
         return loaded.step
 
+    def _wanted(self, found: checkpoint.Found) -> Sequence[checkpoint.Held]:
+        """The tensors to be filled; CheckpointError where they are of another model."""
+        changes = differences(found.meta.get("config", {}), to_dict(self.config))
+        for setting, (old, new) in changes.items():
+            if setting.startswith("model.") and setting != "model.weights":
+                raise CheckpointError(
+                    f"{found.path} holds another model: {setting} is {old!r} there and {new!r} "
+                    "in this run; use the settings of the checkpoint"
+                )
+        for name, new in self.task.meta.items():
+            if found.meta.get(name) != new:
+                raise CheckpointError(
+                    f"{found.path} is of another {self.config.task}: {name} is "
+                    f"{found.meta.get(name)!r} there and {new!r} in this run; use its data"
+                )
+        return state.wanted(self.training, found)
+
     def _save(self, number: int) -> None:
-        # Data order and dropout are functions of the step and of seeds among the settings.
+        """Save, or begin to: in the background one save at a time is under way."""
+        self._tell_saved(self.saver.finish())
         meta = {
             "config": to_dict(self.config),
-            "text_sha256": self.training.batches.corpus.sha256,
+            "text_sha256": self.task.sha256,
             "elapsed_s": self.elapsed_s,
+            **state.meta(self.training),
+            **self.task.meta,
         }
-        keep = self.config.checkpoint.keep
-        path = checkpoint.save(self.folder, number, self.training.state(), meta, self.mesh, keep)
+        self.saver.begin(number, state.held(self.training), meta)
         self.saved = number
-        self.show.line(f"saved {path}")
-        self.metrics.write(event="checkpoint", step=number, path=str(path))
+        if not self.config.checkpoint.background:
+            self._tell_saved(self.saver.finish())
+
+    def _tell_saved(self, path: Path | None) -> None:
+        """Say that a checkpoint is there, where one is."""
+        if path is not None:
+            self.show.line(f"saved {path}")
+            self.metrics.write(event="checkpoint", step=self.saved, path=str(path))
 
     def _export(self, number: int) -> None:
         merged = merge(self.training.weights(), self.mesh)
         path = self.folder / "model.safetensors"
-        metadata = {"format": "pt", "mpmp": mpmp.__version__, "step": str(number)}
-        checkpoint.export(path, merged, metadata, self.mesh)
+        said = metadata(number, {"config": to_dict(self.config), **self.task.meta})
+        checkpoint.export(path, merged, said, self.mesh)
         sha256 = on_first("hash the model", lambda: digest(merged), self.mesh)
         self.show.line(f"merged model in {path}, weights sha256 {sha256[:16]}")
 
     # --- what is shown ----------------------------------------------------------------------------
 
     def _head(self) -> None:
-        world, corpus = self.mesh.world, self.training.batches.corpus
+        world = self.mesh.world
         pieces = self.training.pieces
         own = sum(piece.parameter.numel() for piece in pieces)
         counted = sum(piece.parameter.numel() for piece in pieces if piece.counts)
@@ -194,9 +236,7 @@ class Run:
         # What was measured once may be cut otherwise next time; a resumed run needs the same.
         cut = f" cut {self.training.cut}" if self.config.parallel.cut == "measured" else ""
         sha256 = self._weights_sha256()
-        found = on_first("score the baselines", self._score_baselines, self.mesh)
-        self.baselines = {name: Score(*score) for name, score in found.items()}
-        beside = ", ".join(f"{name} {score.bits:.3f}" for name, score in self.baselines.items())
+        said, values = self.task.head(self.training)
         self.show.line(
             f"mpmp {mpmp.__version__}: {world.size} ranks, {world.ranks_on_host} on {world.host}, "
             f"{world.threads} threads each, {self.mesh.layout}, {world.library}, "
@@ -207,11 +247,10 @@ class Run:
             f"{model.layers} layers{cut}, {model.heads} heads, width {model.width}, "
             f"context {model.context}, weights sha256 {sha256[:16]}"
         )
-        self.show.line(
-            f"text: {corpus.name}, {len(corpus.train):,} tokens to learn from, "
-            f"{len(corpus.validation):,} to validate on, vocabulary {corpus.vocabulary}"
-            + (f"; bits per byte to beat: {beside}" if beside else "")
-        )
+        self.show.line(said)
+        for line in self.training.notes:
+            self.show.line(line)
+        on_first("write the tokenizer", self._write_tokenizer, self.mesh)
         self.show.line(f"run: {self.folder}")
         self.metrics.write(
             event="start",
@@ -219,16 +258,21 @@ class Run:
             ranks=world.size,
             parameters=whole,
             weights_sha256=sha256,
-            text_sha256=corpus.sha256,
+            text_sha256=self.task.sha256,
             config_sha256=config_hash(self.config),
-            baselines={name: score.bits for name, score in self.baselines.items()},
+            **values,
         )
 
-    def _score_baselines(self) -> dict[str, tuple[float, float]]:
-        if self.training.objective.masked:  # they foretell the next token, which is not asked
-            return {}
-        found = baselines(self.training.batches)
-        return {name: (score.nats, score.bits) for name, score in found.items()}
+    def _write_tokenizer(self) -> None:
+        """A run's folder has all that its model needs: the tokenizer, and what belongs to it."""
+        given = self.config.data.tokenizer
+        if given is not None and Path(given).name == "tokenizer.json":
+            copy_tokenizer(Path(given).parent, self.folder)
+        if self.task.tokenizer is not None:
+            path = self.folder / "tokenizer.json"
+            aside = path.with_suffix(".tmp")
+            aside.write_text(self.task.tokenizer, encoding="utf-8")
+            aside.replace(path)
 
     def _device(self) -> str:
         world = self.mesh.world
@@ -240,22 +284,12 @@ class Run:
         merged = merge(self.training.weights(), self.mesh)
         return str(on_first("hash the model", lambda: digest(merged), self.mesh))
 
-    def _sample(self) -> None:
-        if self.config.train.sample_tokens == 0 or self.training.objective.masked:
-            return
-        text = sample(
-            self.training, _PROMPT, self.config.train.sample_tokens, self.config.model.seed
-        )
-        self.show.line("sample:")
-        for line in text.splitlines():
-            self.show.line(f"    {line}")
-
     def _close(self, steps: int, laps: list[Shares]) -> None:
         """The closing table: what every rank did with its time, and how even the load was."""
         world = self.mesh.world
         start, stop = self.training.rows
         own = {
-            "tokens": steps * (stop - start) * self.config.model.context / self.mesh.model.size,
+            "tokens": self.tokens * (stop - start) / self.config.train.batch / self.mesh.model.size,
             "total_s": sum(lap.total_s for lap in laps),
             "communication_s": sum(lap.communication_s for lap in laps),
             "bubble_s": sum(lap.bubble_s for lap in laps),
@@ -265,7 +299,7 @@ class Run:
             json.loads(one) for one in world.gather_texts(json.dumps(own))
         ]
         total_s = max(one["total_s"] for one in ranks)
-        speed = steps * self.tokens_per_step / total_s if total_s > 0 else 0.0
+        speed = self.tokens / total_s if total_s > 0 else 0.0
         shares = [Shares(one["total_s"], one["communication_s"], one["bubble_s"]) for one in ranks]
         computing = [one.compute_s for one in shares]
         mean = sum(computing) / len(computing)
@@ -292,6 +326,15 @@ class Run:
         self.metrics.write(
             event="done", steps=steps, tokens_per_s=speed, balance=balance, ranks=ranks
         )
+
+
+def _steps_of(config: Config, objective: Objective) -> int | None:
+    """Steps of the run; None where its minutes alone decide."""
+    train = config.train
+    limits = [] if train.steps is None else [train.steps]
+    if train.epochs is not None:
+        limits.append(-(-train.epochs * objective.sequences // train.batch))
+    return min(limits, default=None)
 
 
 def _peak_memory_bytes(device: torch.device) -> int:

@@ -13,6 +13,7 @@ from mpmp.comm.mesh import Mesh
 from mpmp.comm.world import World, start
 from mpmp.config import Config, config_hash, differences, to_dict
 from mpmp.data.loader import Batches, Corpus, load
+from mpmp.data.objective import LanguageObjective
 from mpmp.errors import ConfigError, LaunchError
 from mpmp.job.fault import Fault, fault_of
 
@@ -61,11 +62,6 @@ def read_corpus(config: Config, world: World) -> Corpus:
     return corpus
 
 
-def read_batches(config: Config, world: World) -> Batches:
-    """The batches of the text that every rank has read."""
-    return make_batches(config, read_corpus(config, world))
-
-
 def make_batches(config: Config, corpus: Corpus) -> Batches:
     return Batches(
         corpus,
@@ -73,6 +69,15 @@ def make_batches(config: Config, corpus: Corpus) -> Batches:
         batch_size=config.train.batch,
         seed=config.data.seed,
         eval_batches=config.train.eval_batches,
+    )
+
+
+def make_objective(config: Config, corpus: Corpus) -> LanguageObjective:
+    """What a language model of this kind is asked of a text."""
+    return LanguageObjective(
+        make_batches(config, corpus),
+        masked=config.model.kind == "bert",
+        shortest=config.data.shortest,
     )
 
 

@@ -9,6 +9,7 @@ train and verify take the same step; nothing here knows which of them it serves.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import isfinite
 
@@ -17,10 +18,10 @@ from torch import Tensor
 
 from mpmp.comm.mesh import Mesh
 from mpmp.config import Config
-from mpmp.data.loader import Batches
 from mpmp.data.objective import Objective, Sequences
-from mpmp.errors import CheckpointError, LayoutError, NotFiniteError
+from mpmp.errors import LayoutError, NotFiniteError
 from mpmp.job.assembly import arithmetic, assemble
+from mpmp.job.beginning import begin, vocabulary_of
 from mpmp.optim.adamw import learning_rate, make_optimizer
 from mpmp.optim.clip import clip_, global_norm
 from mpmp.optim.scale import LossScale
@@ -46,28 +47,33 @@ class Step:
     """Seconds since training began, as rank 0 measured them."""
     skipped: bool = False
     """Whether 16-bit gradients overflowed: no weight has changed, the loss scale was halved."""
+    agreed: bool = False
+    """Whether all ranks said yes to what :attr:`Training.asked` asks."""
 
 
 class Training:
     """The shard of the model, optimiser and data that one rank has, and the step they take."""
 
-    def __init__(self, config: Config, mesh: Mesh, batches: Batches) -> None:
-        self.config, self.mesh, self.batches = config, mesh, batches
-        self.objective = Objective(
-            batches, masked=config.model.kind == "bert", shortest=config.data.shortest
-        )
+    def __init__(self, config: Config, mesh: Mesh, objective: Objective) -> None:
+        self.config, self.mesh, self.objective = config, mesh, objective
         self.rows, self.cuts = _cut_batch(config, mesh)
-        self.positions = self._own_positions()
-        made = assemble(config, mesh, self.objective.vocabulary, self._example)
+        vocabulary = vocabulary_of(config.model, objective.vocabulary)
+        made = assemble(config, mesh, vocabulary, self._example, objective.tags)
         self.schedule, self.stages, self.cut = made.schedule, made.stages, made.cut
         self.sharded = zero.make(
             self.stages, mesh, config.parallel.zero, config.parallel.bucket_mb * 1e6
         )
         self.pieces = self.sharded.pieces()
+        self.notes = begin(config, self.pieces, mesh)
+        """Sentences on what the weights began from."""
+        if self.notes:
+            self.sharded.step_done()
         self.optimizer = make_optimizer(self.pieces, config.optimizer)
         self.scale = LossScale(enabled=config.train.dtype == "float16")
         self.pipeline = Pipeline(mesh, self.stages, self.schedule, arithmetic(config, mesh))
         self.began = time.perf_counter()
+        self.asked: Callable[[], bool] = lambda: False
+        """Asked of every rank in each step: an agreement that costs no message of its own."""
 
     def step(self, number: int, progress: float) -> Step:
         """Take optimiser step ``number``; ``progress`` in [0, 1] sets the learning rate.
@@ -84,11 +90,11 @@ class Training:
             scale,
         )
         norm = float(global_norm(self.pieces, self.mesh.everyone))
-        total, elapsed_s = self._agree(loss)
+        total, elapsed_s, agreed = self._agree(loss)
         rate = learning_rate(self.config.optimizer, number, progress)
         if scale > 1.0 and isfinite(total) and not isfinite(norm):
             self.scale.update(False)
-            return Step(total, norm, rate, elapsed_s, skipped=True)
+            return Step(total, norm, rate, elapsed_s, skipped=True, agreed=agreed)
         if not (isfinite(total) and isfinite(norm)):
             raise NotFiniteError(
                 f"step {number}: the loss is {total} and the gradient norm {norm / scale}; "
@@ -100,37 +106,20 @@ class Training:
             group["lr"] = rate
         self.optimizer.step()
         self.sharded.step_done()
-        return Step(total, norm / scale, rate, elapsed_s)
+        return Step(total, norm / scale, rate, elapsed_s, agreed=agreed)
 
     def validate(self) -> float:
         """Mean loss over the validation, nats per token, the same on every rank."""
-        mesh, batches = self.mesh, self.batches.validation_batches
+        mesh, batches = self.mesh, self.objective.validation_batches
         total = torch.zeros((), dtype=torch.float64, device=mesh.world.device)
         with self.sharded.whole():
             # Replicas take batches in turn, and all as many: they may share experts.
             for first in range(0, batches, mesh.data.size):
                 index = min(first + mesh.replica, batches - 1)
-                score = self.pipeline.score([self._own(self.objective.validation(index), False)])
+                score = self.pipeline.score([self.own(self.objective.validation(index), False)])
                 if first + mesh.replica < batches and mesh.tensor.rank == 0:
                     total += score
         return float(mesh.everyone.allreduce(total)) / self.objective.scored()
-
-    @torch.no_grad()
-    def next_logits(self, tokens: list[int], at: int) -> Tensor | None:
-        """Logits (V) behind the token at ``at`` of one sequence as long as the context.
-
-        All ranks call it; it is there on the ranks that have that place and the last stage.
-        """
-        inputs = torch.tensor([tokens])
-        rows = Sequences(inputs, inputs, torch.zeros(1, dtype=torch.int64))
-        microbatch = self._own(rows, False)
-        hidden = self.pipeline.hidden(microbatch)
-        if hidden is None:
-            return None
-        assert self.pipeline.last is not None
-        logits = self.pipeline.last.logits(hidden, microbatch)
-        place = (self.positions == at).nonzero()
-        return logits[0, int(place)] if len(place) else None
 
     # --- what it holds ----------------------------------------------------------------------------
 
@@ -142,94 +131,47 @@ class Training:
         """This rank's shard of each gradient, summed over replicas (and clipped) after a step."""
         return self.sharded.gradients()
 
-    def state(self) -> dict[str, Tensor]:
-        """Everything a checkpoint must hold of this rank: weights and optimiser state."""
-        state: dict[str, Tensor] = {}
-        for piece in self.pieces:
-            name = _key(piece)
-            state[f"weight/{name}"] = piece.parameter.detach()
-            for key, value in self.optimizer.state.get(piece.parameter, {}).items():
-                state[f"{key}/{name}"] = value
-        for key, number in self.scale.state().items():
-            state[f"scale/{key}"] = torch.tensor(number, dtype=torch.float64)
-        return state
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take back what :meth:`state` gave, bit for bit; CheckpointError where it does not fit."""
-        with torch.no_grad():
-            for piece in self.pieces:
-                name, one = _key(piece), piece.parameter
-                saved = state.get(f"weight/{name}")
-                if saved is None or saved.shape != one.shape or saved.dtype != one.dtype:
-                    there = "no such tensor" if saved is None else _kind(saved)
-                    raise CheckpointError(
-                        f"the checkpoint is of another model: {name} is {_kind(one)} in this "
-                        f"run and {there} there; use its vocabulary, model, dtype and settings of "
-                        "parallel"
-                    )
-                one.copy_(saved)
-                moments = {
-                    key: state[f"{key}/{name}"].to(one.device)
-                    for key in ("step", "exp_avg", "exp_avg_sq")
-                    if f"{key}/{name}" in state
-                }
-                if moments:  # there are none as long as every step has overflowed
-                    self.optimizer.state[one] = moments
-        prefix = "scale/"
-        scale = {
-            key.removeprefix(prefix): float(x) for key, x in state.items() if key.startswith(prefix)
-        }
-        self.scale.load(scale)
-        self.sharded.step_done()
-
     # --- its share of the data --------------------------------------------------------------------
 
-    def _own_positions(self) -> Tensor:
+    def _own_positions(self, length: int) -> Tensor:
+        """Places of a sequence of ``length`` tokens that this rank holds."""
         config, context = self.config, self.mesh.context
         causal = config.model.kind != "bert"
-        cuts = cut_sequence(config.model.context, context.size, config.parallel.attention, causal)
+        cuts = cut_sequence(length, context.size, config.parallel.attention, causal)
         return torch.tensor(positions(cuts[context.rank]), dtype=torch.int64)
 
     def _microbatches(self, number: int) -> list[Microbatch]:
         rows = self.objective.training(number, *self.rows)
-        return [self._own(rows.rows(low, high), True) for low, high in self.cuts]
+        return [self.own(rows.rows(low, high), True) for low, high in self.cuts]
 
     def _example(self) -> Microbatch:
         """A microbatch to measure layers with."""
-        return self._own(self.objective.training(0, *self.rows).rows(*self.cuts[0]), True)
+        return self.own(self.objective.training(0, *self.rows).rows(*self.cuts[0]), True)
 
-    def _own(self, rows: Sequences, drops: bool) -> Microbatch:
+    def own(self, rows: Sequences, drops: bool) -> Microbatch:
         """What this rank's place on the context axis holds of some sequences."""
-        device, own = self.mesh.world.device, self.positions
+        device, length = self.mesh.world.device, rows.inputs_BT.shape[1]
+        own = self._own_positions(length)
         return Microbatch(
             inputs_Bt=rows.inputs_BT[:, own].to(device),
             targets_Bt=rows.targets_BT[:, own].to(device),
             samples_B=rows.samples_B.to(device) if drops else None,
             positions_t=own.to(device),
-            length=rows.inputs_BT.shape[1],
+            length=length,
             lengths_B=None if rows.lengths_B is None else rows.lengths_B.to(device),
         )
 
-    def _agree(self, loss: Tensor) -> tuple[float, float]:
-        """The loss over all replicas, and rank 0's clock, on every rank."""
-        metrics = torch.zeros(2, dtype=torch.float64)
+    def _agree(self, loss: Tensor) -> tuple[float, float, bool]:
+        """The loss over all replicas, rank 0's clock, and whether all said yes; on every rank."""
+        everyone = self.mesh.everyone
+        metrics = torch.zeros(3, dtype=torch.float64)
         if self.mesh.tensor.rank == 0:
             metrics[0] = loss.cpu()
-        if self.mesh.world.rank == 0 or self.mesh.everyone.size == 1:
+        if everyone.rank == 0:
             metrics[1] = time.perf_counter() - self.began
-        total, elapsed_s = self.mesh.everyone.allreduce(metrics).tolist()
-        return total, elapsed_s
-
-
-def _key(piece: zero.Piece) -> str:
-    """The name of a piece in a checkpoint."""
-    name = piece.placement.name
-    whole = piece.stop - piece.start == piece.placement.numel
-    return name if whole else f"{name}[{piece.start}:{piece.stop}]"
-
-
-def _kind(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+        metrics[2] = self.asked()
+        total, elapsed_s, yes = everyone.allreduce(metrics).tolist()
+        return total, elapsed_s, yes == everyone.size
 
 
 def _cut_batch(config: Config, mesh: Mesh) -> tuple[tuple[int, int], list[tuple[int, int]]]:

@@ -76,7 +76,9 @@ class Attention(nn.Module):
         q_BhtK, k_BgtK, v_BgtK = self._projected(x_BuD, tokens)
         if tokens.turns is not None:
             q_BhtK, k_BgtK = turn(q_BhtK, tokens.turns), turn(k_BgtK, tokens.turns)
-        if self.recompute:
+        if tokens.cache is not None:
+            mixed_BhtK = tokens.cache.attend(self, q_BhtK, k_BgtK, v_BgtK, self.heads)
+        elif self.recompute:
             mixed_BhtK = recomputed(self._mix, q_BhtK, k_BgtK, v_BgtK, tokens)
         else:
             mixed_BhtK = self._mix(q_BhtK, k_BgtK, v_BgtK, tokens)

@@ -1,7 +1,7 @@
 """BERT (Devlin et al. 2019): LayerNorm behind each sum, tokens see both sides, masked words.
 
-All tokens are of one type, so that there is no embedding of types. ``bert_reference.py`` is the
-same model in one file of plain torch, and the definition.
+All tokens are of the first type. ``bert_reference.py`` is the same model in one file of plain
+torch, and the definition.
 """
 
 from __future__ import annotations
@@ -15,5 +15,6 @@ BERT = Style(
     bias=True,
     causal=False,
     post_norm=True,
+    token_types=True,
     transform=True,
 )

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 class ReferenceBlock(nn.Module):
     """Post-norm block: attention to all tokens that are no padding, and a GELU feed-forward."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, eps: float) -> None:
         super().__init__()
         self.heads = heads
-        self.norm1 = nn.LayerNorm(width)
+        self.norm1 = nn.LayerNorm(width, eps)
         self.attention = nn.ModuleDict(
             {"qkv": nn.Linear(width, 3 * width), "out": nn.Linear(width, width)}
         )
-        self.norm2 = nn.LayerNorm(width)
+        self.norm2 = nn.LayerNorm(width, eps)
         self.mlp = nn.ModuleDict(
             {"up": nn.Linear(width, 4 * width), "down": nn.Linear(4 * width, width)}
         )
@@ -53,15 +53,24 @@ class ReferenceBERT(nn.Module):
     """
 
     def __init__(
-        self, layers: int, heads: int, width: int, context: int, vocabulary: int, tied: bool
+        self,
+        layers: int,
+        heads: int,
+        width: int,
+        context: int,
+        vocabulary: int,
+        tied: bool,
+        token_types: int = 2,
+        eps: float = 1e-5,
     ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, width)
         self.position = nn.Parameter(torch.empty(context, width))
-        self.embedding_norm = nn.LayerNorm(width)
-        self.blocks = nn.ModuleList(ReferenceBlock(width, heads) for _ in range(layers))
+        self.token_types = nn.Parameter(torch.empty(token_types, width))
+        self.embedding_norm = nn.LayerNorm(width, eps)
+        self.blocks = nn.ModuleList(ReferenceBlock(width, heads, eps) for _ in range(layers))
         self.head = nn.ModuleDict(
-            {"transform": nn.Linear(width, width), "norm": nn.LayerNorm(width)}
+            {"transform": nn.Linear(width, width), "norm": nn.LayerNorm(width, eps)}
         )
         self.head.register_parameter("bias", nn.Parameter(torch.empty(vocabulary)))
         self.output = nn.Linear(width, vocabulary, bias=False)
@@ -70,7 +79,7 @@ class ReferenceBERT(nn.Module):
 
     def forward(self, tokens_BT: Tensor, lengths_B: Tensor) -> Tensor:
         x_BTD = self.embedding(tokens_BT) + self.position[: tokens_BT.shape[1]]
-        x_BTD = self.embedding_norm(x_BTD)
+        x_BTD = self.embedding_norm(x_BTD + self.token_types[0])
         for block in self.blocks:
             x_BTD = block(x_BTD, lengths_B)
         x_BTD = self.head["norm"](nn.functional.gelu(self.head["transform"](x_BTD)))

@@ -106,7 +106,7 @@ class Block(nn.Module):
         self.post_norm = style.post_norm
         self.attention: Attention | None = None
         if style.attention:
-            self.norm1 = make_norm(make, f"{name}.norm1", model.width, style)
+            self.norm1 = make_norm(make, f"{name}.norm1", model, style)
             self.attention = Attention(
                 make,
                 f"{name}.attention",
@@ -117,7 +117,7 @@ class Block(nn.Module):
                 recompute=recompute,
             )
             self.dropout1 = Dropout(model.dropout, make.seed, f"{name}.attention")
-        self.norm2 = make_norm(make, f"{name}.norm2", model.width, style)
+        self.norm2 = make_norm(make, f"{name}.norm2", model, style)
         self.mlp = _feed_forward(make, f"{name}.mlp", model, style)
         self.dropout2 = Dropout(model.dropout, make.seed, f"{name}.mlp")
 

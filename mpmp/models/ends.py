@@ -20,7 +20,10 @@ from mpmp.parallel.tensor import ReplicatedLinear, VocabParallelEmbedding
 
 
 class Embedding(nn.Module):
-    """Tokens (B, t) -> hidden states (B, u, D): a row of the table, and where learnt a position."""
+    """Tokens (B, t) -> hidden states (B, u, D): a row of the table, and where learnt a position.
+
+    BERT adds a vector for the token's type, which is the first of all here: text in one piece.
+    """
 
     def __init__(
         self,
@@ -38,10 +41,12 @@ class Embedding(nn.Module):
         if style.positions == "learnt":
             shape = (model.context, model.width)
             self.position = make.parameter("position", shape, std=STD, apart=make.sequence)
+        self.token_types: nn.Parameter | None = None
+        if style.token_types:
+            shape = (model.token_types, model.width)
+            self.token_types = make.parameter("token_types", shape, std=STD, apart=make.sequence)
         self.norm = (
-            make_norm(make, "embedding_norm", model.width, style)
-            if style.post_norm
-            else nn.Identity()
+            make_norm(make, "embedding_norm", model, style) if style.post_norm else nn.Identity()
         )
         self.dropout = Dropout(model.dropout, make.seed, "embedding")
 
@@ -49,6 +54,8 @@ class Embedding(nn.Module):
         x_BuD = self.table(tokens_Bt)
         if self.position is not None:
             x_BuD = x_BuD + F.embedding(tokens.positions_u, self.position)
+        if self.token_types is not None:
+            x_BuD = x_BuD + self.token_types[0]
         return tokens.drop(self.dropout, self.norm(x_BuD))
 
 
@@ -65,14 +72,14 @@ class Head(nn.Module):
         super().__init__()
         self.table = table
         width = model.width
-        self.norm = nn.Identity() if style.post_norm else make_norm(make, "norm", width, style)
+        self.norm = nn.Identity() if style.post_norm else make_norm(make, "norm", model, style)
         self.transform: nn.Module | None = None
         self.bias: nn.Parameter | None = None
         if style.transform:
             self.transform = nn.Sequential(
                 ReplicatedLinear(make, "head.transform", width, width, std=STD),
                 nn.GELU(),
-                LayerNorm(make, "head.norm", width),
+                LayerNorm(make, "head.norm", width, model.norm_eps),
             )
             self.bias = make.parameter("head.bias", (table.vocabulary,), cut_dim=0)
 
@@ -93,7 +100,7 @@ class TagHead(nn.Module):
     def __init__(self, make: Maker, model: config.Model, style: Style, tags: int) -> None:
         super().__init__()
         width = model.width
-        self.norm = nn.Identity() if style.post_norm else make_norm(make, "norm", width, style)
+        self.norm = nn.Identity() if style.post_norm else make_norm(make, "norm", model, style)
         self.table = VocabParallelEmbedding(make, "tags", tags, width, std=STD)
         self.bias = make.parameter("tags.bias", (tags,), cut_dim=0)
 

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 class ReferenceBlock(nn.Module):
     """Pre-norm block with causal attention and a GELU feed-forward."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.heads = heads
-        self.norm1 = nn.LayerNorm(width)
+        self.norm1 = nn.LayerNorm(width, eps)
         self.attention = nn.ModuleDict(
             {"qkv": nn.Linear(width, 3 * width), "out": nn.Linear(width, width)}
         )
-        self.norm2 = nn.LayerNorm(width)
+        self.norm2 = nn.LayerNorm(width, eps)
         self.mlp = nn.ModuleDict(
             {"up": nn.Linear(width, 4 * width), "down": nn.Linear(4 * width, width)}
         )
@@ -50,13 +50,20 @@ class ReferenceGPT(nn.Module):
     """The whole model; ``forward`` gives logits (B, T, V) for tokens (B, T)."""
 
     def __init__(
-        self, layers: int, heads: int, width: int, context: int, vocabulary: int, tied: bool
+        self,
+        layers: int,
+        heads: int,
+        width: int,
+        context: int,
+        vocabulary: int,
+        tied: bool,
+        eps: float = 1e-5,
     ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, width)
         self.position = nn.Parameter(torch.empty(context, width))
-        self.blocks = nn.ModuleList(ReferenceBlock(width, heads) for _ in range(layers))
-        self.norm = nn.LayerNorm(width)
+        self.blocks = nn.ModuleList(ReferenceBlock(width, heads, eps) for _ in range(layers))
+        self.norm = nn.LayerNorm(width, eps)
         self.output = nn.Linear(width, vocabulary, bias=False)
         if tied:
             self.output.weight = self.embedding.weight

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 
-def turned(x_BTHK: Tensor) -> Tensor:
-    """Pair (i, i + K/2) of the token at place t turned by the angle t / 10000 ** (2 i / K)."""
+def turned(x_BTHK: Tensor, base: float) -> Tensor:
+    """Pair (i, i + K/2) of the token at place t turned by the angle t / base ** (2 i / K)."""
     _, T, _, K = x_BTHK.shape
     places_T = torch.arange(T, dtype=torch.float64, device=x_BTHK.device)
     pairs = torch.arange(K // 2, dtype=torch.float64, device=x_BTHK.device)
-    angles = places_T[:, None] / 10000 ** (2 * pairs / K)
+    angles = places_T[:, None] / base ** (2 * pairs / K)
     cosines = angles.cos().to(x_BTHK.dtype)[:, None]
     sines = angles.sin().to(x_BTHK.dtype)[:, None]
     first, second = x_BTHK[..., : K // 2], x_BTHK[..., K // 2 :]
@@ -26,17 +26,20 @@ def turned(x_BTHK: Tensor) -> Tensor:
 class ReferenceBlock(nn.Module):
     """Pre-norm block with causal attention of grouped queries and SwiGLU."""
 
-    def __init__(self, width: int, heads: int, kv_heads: int, hidden: int) -> None:
+    def __init__(
+        self, width: int, heads: int, kv_heads: int, hidden: int, eps: float, base: float
+    ) -> None:
         super().__init__()
+        self.base = base
         self.heads, self.kv_heads, self.head = heads, kv_heads, width // heads
         kv_width = kv_heads * self.head
-        self.norm1 = nn.RMSNorm(width, eps=1e-5)
+        self.norm1 = nn.RMSNorm(width, eps)
         cut = {"qkv": 3 * width} if kv_heads == heads else {"q": width, "kv": 2 * kv_width}
         cut["out"] = width
         self.attention = nn.ModuleDict(
             {name: nn.Linear(width, out, bias=False) for name, out in cut.items()}
         )
-        self.norm2 = nn.RMSNorm(width, eps=1e-5)
+        self.norm2 = nn.RMSNorm(width, eps)
         self.mlp = nn.ModuleDict(
             {
                 "up": nn.Linear(width, 2 * hidden, bias=False),  # the gate's, then the values'
@@ -56,8 +59,8 @@ class ReferenceBlock(nn.Module):
             q, k, v = self.attention["qkv"](x_BTD).chunk(3, dim=-1)
         else:
             q, (k, v) = self.attention["q"](x_BTD), self.attention["kv"](x_BTD).chunk(2, dim=-1)
-        q_BHTK = turned(q.view(B, T, self.heads, self.head)).transpose(1, 2)
-        k_BGTK = turned(k.view(B, T, self.kv_heads, self.head)).transpose(1, 2)
+        q_BHTK = turned(q.view(B, T, self.heads, self.head), self.base).transpose(1, 2)
+        k_BGTK = turned(k.view(B, T, self.kv_heads, self.head), self.base).transpose(1, 2)
         v_BGTK = v.view(B, T, self.kv_heads, self.head).transpose(1, 2)
         shared = self.heads // self.kv_heads
         k_BHTK, v_BHTK = (one.repeat_interleave(shared, dim=1) for one in (k_BGTK, v_BGTK))
@@ -81,13 +84,15 @@ class ReferenceLLaMA(nn.Module):
         hidden: int,
         vocabulary: int,
         tied: bool,
+        eps: float = 1e-5,
+        base: float = 10_000.0,
     ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, width)
         self.blocks = nn.ModuleList(
-            ReferenceBlock(width, heads, kv_heads, hidden) for _ in range(layers)
+            ReferenceBlock(width, heads, kv_heads, hidden, eps, base) for _ in range(layers)
         )
-        self.norm = nn.RMSNorm(width, eps=1e-5)
+        self.norm = nn.RMSNorm(width, eps)
         self.output = nn.Linear(width, vocabulary, bias=False)
         if tied:
             self.output.weight = self.embedding.weight

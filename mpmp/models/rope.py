@@ -10,14 +10,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-BASE = 10_000.0
 
+def turns(
+    positions_t: Tensor, head: int, dtype: torch.dtype, base: float = 10_000.0
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the angles position x base ** (-2 i / K).
 
-def turns(positions_t: Tensor, head: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (t, K) of the angles position x BASE ** (-2 i / K)."""
+    (t, K), or (B, 1, t, K) of positions (B, t).
+    """
     exponents = torch.arange(0, head, 2, dtype=torch.float64, device=positions_t.device) / head
-    angles = positions_t.double().unsqueeze(-1) * BASE**-exponents
+    angles = positions_t.double().unsqueeze(-1) * base**-exponents
     angles_tK = torch.cat((angles, angles), dim=-1)
+    if positions_t.dim() > 1:  # all heads of a row alike
+        angles_tK = angles_tK.unsqueeze(1)
     return angles_tK.cos().to(dtype), angles_tK.sin().to(dtype)
 
 

@@ -24,5 +24,7 @@ class Style:
     """Tokens see the past only."""
     post_norm: bool = False
     """Norms stand behind each sum, where otherwise they stand in front of each branch."""
+    token_types: bool = False
+    """Tokens are of several types, each with a vector that is added."""
     transform: bool = False
     """The head has a layer of its own in front of the vocabulary, and a bias behind."""

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from mpmp.parallel.cache import Cache
 from mpmp.parallel.dropout import Dropout
 from mpmp.parallel.expert import Places
 from mpmp.parallel.maker import Maker
@@ -27,18 +29,17 @@ class Tokens:
     """T, the tokens of a whole sequence."""
     positions_t: Tensor
     positions_u: Tensor
+    places: Places
+    """As a feed-forward takes them; in generation those of the step alone."""
     turns: tuple[Tensor, Tensor] | None = None
     """Cosines and sines of RoPE, (t, K), where queries and keys turn."""
+    cache: Cache | None = None
+    """In generation: keys and values of the tokens before these."""
 
     @property
     def count(self) -> int:
         """t, what cut layers work on."""
-        return len(self.positions_t)
-
-    @property
-    def places(self) -> Places:
-        """As a feed-forward takes them."""
-        return Places(self.length, self.positions_t, self.positions_u, self.lengths_B)
+        return self.positions_t.shape[-1]
 
     def drop(self, dropout: Dropout, x_BuD: Tensor) -> Tensor:
         """``x_BuD`` with some of its elements dropped, alike on every layout."""
@@ -51,14 +52,20 @@ def tokens_of(
     microbatch: Microbatch, make: Maker, turns: tuple[Tensor, Tensor] | None = None
 ) -> Tokens:
     """A microbatch as this rank's blocks see it."""
-    start, stop = own_piece(make, len(microbatch.positions_t))
+    start, stop = own_piece(make, microbatch.count)
+    positions_t, lengths_B = microbatch.positions_t, microbatch.lengths_B
+    places_t = positions_t
+    if microbatch.cache is not None:
+        places_t = torch.arange(microbatch.length, device=positions_t.device)
     return Tokens(
         microbatch.samples_B,
-        microbatch.lengths_B,
+        lengths_B,
         microbatch.length,
-        microbatch.positions_t,
-        microbatch.positions_t[start:stop],
+        positions_t,
+        positions_t[..., start:stop],
+        Places(microbatch.length, places_t, places_t[start:stop], lengths_B),
         turns,
+        microbatch.cache,
     )
 
 

@@ -134,7 +134,9 @@ class Experts(nn.Module):
         all_BTk[:, places.positions_u] = choices_Buk
         if self.make.sequence:
             all_BTk = self.make.tensor.allreduce(all_BTk)
-        return self.make.context.allreduce(all_BTk) if self.make.context.size > 1 else all_BTk
+        if self.make.context.size == 1 or len(places.positions_t) == places.length:
+            return all_BTk
+        return self.make.context.allreduce(all_BTk)
 
     def _kept(self, chosen_BTkE: Tensor, lengths_B: Tensor) -> Tensor:
         """Which choices find room, (B, T, k)."""

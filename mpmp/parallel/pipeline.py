@@ -111,6 +111,16 @@ class Pipeline:
         return total
 
     @torch.no_grad()
+    def scored(self, microbatch: Microbatch) -> tuple[Tensor, Tensor] | None:
+        """Losses (B, t) and logits (B, t, V), on the rank of the last stage; None on the others."""
+        hidden = self.hidden(microbatch)
+        if hidden is None:
+            return None
+        assert self.last is not None
+        with self.context():
+            return self.last.losses(hidden, microbatch), self.last.logits(hidden, microbatch)
+
+    @torch.no_grad()
     def hidden(self, microbatch: Microbatch) -> Tensor | None:
         """What comes out of the last stage, on the rank that has it; None on the others."""
         found = self._pass([microbatch])

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,8 @@ from mpmp.comm.group import Group
 from mpmp.parallel import landing
 from mpmp.parallel.adjoints import all_pieces, own_piece_of_sum
 from mpmp.parallel.deferred import Deferred
+
+_Given = TypeVar("_Given", Tensor, Tensor | None)
 
 
 class Use(NamedTuple):
@@ -67,7 +69,17 @@ def column(x: Tensor, uses: Sequence[Use], way: Way, length: int) -> tuple[Tenso
     T. Gives (B, T, own K) for each weight.
     """
     if way.group.size == 1 and torch.compiler.is_compiling():
-        return tuple(F.linear(x, _matrix(use.weight, use), _vector(use.bias, use)) for use in uses)
+        return tuple(
+            F.linear(x, own_matrix(use.weight, use), own_vector(use.bias, use)) for use in uses
+        )
+    if not (torch.is_grad_enabled() or way.sequence):  # nothing is kept for a backward
+        x = _as(x, dtype := dtype_of_products(x))
+        return tuple(
+            F.linear(
+                x, own_matrix(_cast(use, way, dtype), use), _as(own_vector(use.bias, use), dtype)
+            )
+            for use in uses
+        )
     tensors = [one for use in uses for one in (use.weight, use.bias)]
     return way.call(_Column, x, tuple(uses), way, length, *tensors)  # type: ignore[no-any-return]
 
@@ -79,6 +91,9 @@ def row(x: Tensor, use: Use, way: Way) -> Tensor:
     """
     if way.group.size == 1 and torch.compiler.is_compiling():
         return F.linear(x, use.weight, use.bias)
+    if not (torch.is_grad_enabled() or way.sequence):
+        x = _as(x, dtype := dtype_of_products(x))
+        return summed_product(x, _cast(use, way, dtype), use, way)
     return way.call(_Row, x, use, way, use.weight, use.bias)  # type: ignore[no-any-return]
 
 
@@ -97,7 +112,7 @@ class _Column(torch.autograd.Function):
         weights = [_cast(use, way, dtype) for use in uses]
         ctx.save_for_backward(own_BuD, *_kept(weights, uses, way))
         return tuple(
-            F.linear(x_BTD, _matrix(weight, use), _as(_vector(use.bias, use), dtype))
+            F.linear(x_BTD, own_matrix(weight, use), _as(own_vector(use.bias, use), dtype))
             for weight, use in zip(weights, uses, strict=True)
         )
 
@@ -109,7 +124,7 @@ class _Column(torch.autograd.Function):
         x_grad = None
         if ctx.needs_input_grad[0]:
             matrices = [
-                _matrix(weight, use).to(ctx.dtype)
+                own_matrix(weight, use).to(ctx.dtype)
                 for weight, use in zip(weights, uses, strict=True)
             ]
             x_grad = _summed(_product_of(grads_BTK, matrices, way), way)
@@ -124,18 +139,7 @@ class _Row(torch.autograd.Function):
         x_BTD, weight = x.to(dtype), _cast(use, way, dtype)
         ctx.uses, ctx.way, ctx.length, ctx.dtype = (use,), way, x.shape[1], dtype
         ctx.save_for_backward(x_BTD, *_kept([weight], ctx.uses, way))
-        # The first rank brings the bias.
-        bias = _as(use.bias, dtype) if way.group.rank == 0 else None
-        if way.group.size == 1:
-            return F.linear(x_BTD, weight, bias)
-        if way.sequence:
-            return own_piece_of_sum(F.linear(x_BTD, weight, bias), way.group, 1)
-        partial = way.group.empty((*x.shape[:-1], len(weight)), dtype, x.device)
-        if bias is None:
-            torch.mm(_rows(x_BTD), weight.t(), out=_rows(partial))
-        else:
-            torch.addmm(bias, _rows(x_BTD), weight.t(), out=_rows(partial))
-        return way.group.allreduce(partial, out=partial)
+        return summed_product(x_BTD, weight, use, way)
 
     @staticmethod
     @once_differentiable  # as above
@@ -150,6 +154,22 @@ def _gathered(x: Tensor, way: Way, length: int) -> Tensor:
     if way.group.size == 1 or not way.sequence:
         return x
     return all_pieces(x, way.group, length, 1).contiguous()
+
+
+def summed_product(x_BTD: Tensor, weight: Tensor, use: Use, way: Way) -> Tensor:
+    """``x @ W.T + b`` summed over the ranks; the weight as it was cast to the type of x."""
+    # The first rank brings the bias.
+    bias = _as(use.bias, x_BTD.dtype) if way.group.rank == 0 else None
+    if way.group.size == 1:
+        return F.linear(x_BTD, weight, bias)
+    if way.sequence:
+        return own_piece_of_sum(F.linear(x_BTD, weight, bias), way.group, 1)
+    partial = way.group.empty((*x_BTD.shape[:-1], len(weight)), x_BTD.dtype, x_BTD.device)
+    if bias is None:
+        torch.mm(_rows(x_BTD), weight.t(), out=_rows(partial))
+    else:
+        torch.addmm(bias, _rows(x_BTD), weight.t(), out=_rows(partial))
+    return way.group.allreduce(partial, out=partial)
 
 
 def _product_of(grads: Sequence[Tensor], matrices: Sequence[Tensor], way: Way) -> Tensor:
@@ -221,20 +241,23 @@ def _spread(gradient: Tensor, like: Tensor, rows: tuple[int, int] | None, dim: i
 
 
 def _cast(use: Use, way: Way, dtype: torch.dtype) -> Tensor:
+    if use.weight.dtype is dtype:
+        return use.weight
     return use.weight.to(dtype) if way.transient else landing.cast(use.weight, dtype)
 
 
-def _matrix(weight: Tensor, use: Use) -> Tensor:
+def own_matrix(weight: Tensor, use: Use) -> Tensor:
     """The (K, D) matrix of the rows that are used."""
     if use.rows is not None:
         weight = weight.narrow(-2, use.rows[0], use.rows[1] - use.rows[0])
-    return weight.flatten(0, -2)
+    return weight if weight.dim() == 2 else weight.flatten(0, -2)
 
 
-def _vector(bias: Tensor | None, use: Use) -> Tensor | None:
+def own_vector(bias: Tensor | None, use: Use) -> Tensor | None:
+    """The bias of those rows."""
     if bias is not None and use.rows is not None:
         bias = bias.narrow(-1, use.rows[0], use.rows[1] - use.rows[0])
-    return None if bias is None else bias.flatten()
+    return bias if bias is None or bias.dim() == 1 else bias.flatten()
 
 
 def _kept(cast: Sequence[Tensor], uses: Sequence[Use], way: Way) -> list[Tensor]:
@@ -249,8 +272,8 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _as(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if x is None else x.to(dtype)
+def _as(x: _Given, dtype: torch.dtype) -> _Given:
+    return x if x is None or x.dtype is dtype else x.to(dtype)
 
 
 def dtype_of_products(x: Tensor) -> torch.dtype:

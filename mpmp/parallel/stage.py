@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from mpmp.parallel.cache import Cache
 from mpmp.parallel.deferred import Deferred
 
 NOT_COUNTED = -100
@@ -28,15 +29,22 @@ class Microbatch:
     samples_B: Tensor | None
     """Numbers of the sequences in the whole training, the keys of dropout; None drops nothing."""
     positions_t: Tensor
-    """Places of the inputs in the sequence of T tokens, ascending."""
+    """Places of the inputs in the sequence of T tokens, ascending; (B, t) where rows differ."""
     length: int
     """T, the tokens of a whole sequence."""
     lengths_B: Tensor | None = None
     """Tokens of each sequence, padding follows; None where all have T."""
+    cache: Cache | None = None
+    """In generation: keys and values of the tokens before these."""
 
     @property
     def rows(self) -> int:
         return self.inputs_Bt.shape[0]
+
+    @property
+    def count(self) -> int:
+        """t, tokens of a sequence that are here."""
+        return self.positions_t.shape[-1]
 
 
 @dataclass(frozen=True)

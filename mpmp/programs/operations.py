@@ -31,6 +31,7 @@ class Shape:
     tied: bool = True
     experts: int = 0
     top_k: int = 2
+    token_types: int = 2
 
     @property
     def head(self) -> int:

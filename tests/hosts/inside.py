@@ -219,7 +219,7 @@ def training(ranks: Ranks, width: int, layers: int, repeats: int) -> dict[str, A
             train=config.Train(batch=rows * ranks.world.size),
             parallel=config.Parallel(bucket_mb=0.5),
         )
-        return Training(asked, ranks.mesh, setup.make_batches(asked, corpus))
+        return Training(asked, ranks.mesh, setup.make_objective(asked, corpus))
 
     def step(one: Training) -> None:
         one.pipeline.train(one._microbatches(0), one.objective.counted(0), 1, one.sharded)

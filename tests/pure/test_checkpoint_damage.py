@@ -1,175 +1,172 @@
-"""Damaged, foreign and forged checkpoints: none is loaded, the step before it is."""
+"""Damaged, foreign and forged checkpoints: none is loaded, the step before it is, and both told."""
+
+from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 
-from mpmp.checkpoint import load, manifest, save
-from mpmp.checkpoint.blocks import BlockWriter
+from mpmp.checkpoint import ALONE, Found, Held, Loaded, load, manifest, save, tensor_files
+from mpmp.checkpoint.extents import Extent
 from mpmp.checkpoint.folder import read_manifest
-from mpmp.config import parse_layout
+from mpmp.checkpoint.resharding import cut_anew
+from mpmp.checkpoint.sharing import Holding
 from mpmp.errors import CheckpointError
+from mpmp.programs.partition import partition
+from system.damages import FILES, FOLDERS, Work, flip, places, shards, snapshot
+from system.forgeries import FORGED, forge
 
-SHARD = "shard_pp000_tp000.safetensors"
+SHAPES = {"weight/a": (40, 12), "exp_avg/a": (40, 12), "weight/b": (6,), "weight/empty": (0, 3)}
+RANKS = 3
 
 
-def alone() -> Any:
-    """A mesh of one rank, without MPI."""
-    index = {"data": 0, "pipeline": 0, "tensor": 0}
-    everyone = SimpleNamespace(rank=0, size=1)
-    return SimpleNamespace(layout="dp1.pp1.tp1", index=index, everyone=everyone)
+def content(step: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return {key: torch.randn(shape, generator=generator) for key, shape in SHAPES.items()}
+
+
+def holdings(rank: int) -> list[Holding]:
+    """A third of the elements of each tensor."""
+    found = []
+    for key, one in content(0).items():
+        start, stop = partition(one.numel(), RANKS)[rank]
+        box = tuple((0, length) for length in one.shape)
+        found.append(Holding(key, one.dtype, tuple(one.shape), Extent(box, start, stop)))
+    return found
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with steps 10 and 20, each of three files and the manifest."""
+    top = tmp_path_factory.mktemp("made")
+    (top / "run").mkdir()
+    every = [holdings(rank) for rank in range(RANKS)]
+    for step in (10, 20):
+        held = [Held.whole(key, one) for key, one in content(step).items()]
+        path = save(top / "whole", step, held, {"step": step}, ALONE, keep=1)
+        cut_anew(path, read_manifest(path)[1], every, top / "run", "dp3")
+    return top / "run"
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Path:
-    """Steps 10 and 20; the second is what tests damage. Its shard has three blocks."""
-    folder = tmp_path / "run"
-    for step in (10, 20):
-        big = torch.full((300_001,), float(step), dtype=torch.float64)
-        save(folder, step, {"big": big, "small": torch.arange(5)}, {"step": step}, alone(), 2)
-    return folder
+def run(tmp_path: Path, made: Path) -> Path:
+    """A copy of it, whose second step is what tests damage."""
+    return Path(shutil.copytree(made, tmp_path / "run"))
 
 
 def new(run: Path) -> Path:
     return run / "step_00000020"
 
 
+def loaded(run: Path) -> tuple[Loaded, dict[str, torch.Tensor]]:
+    """The newest good checkpoint, and its tensors."""
+    found: dict[str, torch.Tensor] = {}
+
+    def wants(said: Found) -> list[Held]:
+        there = said.contents.tensors
+        found.update({key: torch.empty(one.shape, dtype=one.dtype) for key, one in there.items()})
+        return [Held.whole(key, one) for key, one in found.items()]
+
+    return load(run, wants, ALONE), found
+
+
+def assert_loads(run: Path, step: int) -> tuple[str, ...]:
+    """A step comes back bit for bit; a sentence for each other one."""
+    found, tensors = loaded(run)
+    assert found.step == found.meta["step"] == step
+    assert {key: one.tolist() for key, one in tensors.items()} == {
+        key: one.tolist() for key, one in content(step).items()
+    }
+    return found.skipped
+
+
 def assert_falls_back(run: Path, *words: str) -> None:
     """Step 10 is loaded and one sentence says why step 20 was not."""
-    loaded = load(run, alone())
-    assert loaded.step == loaded.meta["step"] == 10 and bool((loaded.tensors["big"] == 10).all())
-    (sentence,) = loaded.skipped
-    for word in ("step_00000020", *words):
-        assert word in sentence, sentence
-
-
-def flip(path: Path, bit: int) -> None:
-    with path.open("r+b") as file:
-        file.seek(bit // 8)
-        byte = file.read(1)[0]
-        file.seek(bit // 8)
-        file.write(bytes([byte ^ 1 << bit % 8]))
+    (sentence,) = assert_loads(run, 10)
+    missing = [word for word in ("step_0000002", *words) if word not in sentence]
+    assert not missing and len(sentence) < 400, sentence
 
 
 # --- flipped bits ---------------------------------------------------------------------------------
 
 
-def test_one_flipped_bit_anywhere_in_a_shard_is_found(run: Path) -> None:
-    path, chance = new(run) / SHARD, random.Random(1)
-    num_bits = 8 * path.stat().st_size
-    header = [chance.randrange(8 * 200) for _ in range(50)]
-    for bit in [0, num_bits - 1, *header, *(chance.randrange(num_bits) for _ in range(150))]:
+def test_one_flipped_bit_at_1000_places_of_all_files_is_found(run: Path) -> None:
+    aside = run.parent / "aside"
+    (run / "step_00000010").rename(aside)
+    found = 0
+    for path, bit in places(new(run), 1000, seed=1):
         flip(path, bit)
-        assert_falls_back(run, SHARD, f"block {bit // 8 >> 20} of 3", "SHA-256")
+        said = "manifest" if path.name == "manifest.json" else f"{path.name} is damaged in block 0"
+        with pytest.raises(CheckpointError, match=f"step_00000020.*{said}"):
+            loaded(run)
+        found += 1
         flip(path, bit)
-    assert load(run, alone()).step == 20
+    assert found == 1000 and assert_loads(run, 20) == ()
+    flip(shards(new(run))[2], 5555)
+    aside.rename(run / "step_00000010")
+    assert_falls_back(run, "shard_00002.safetensors")
 
 
 def test_one_flipped_bit_anywhere_in_a_manifest_is_found(run: Path) -> None:
     path = new(run) / "manifest.json"
-    for bit in range(8 * path.stat().st_size):
-        flip(path, bit)
-        with pytest.raises(CheckpointError, match="manifest"):
-            read_manifest(path.parent)
-        if bit % 97 == 0:
-            assert_falls_back(run, "manifest")
-        flip(path, bit)
-    assert load(run, alone()).step == 20
+    text = bytearray(path.read_bytes())
+    for bit in range(8 * len(text)):
+        text[bit // 8] ^= 1 << bit % 8
+        try:
+            manifest.parse(text.decode("ascii"))
+        except (CheckpointError, UnicodeDecodeError):
+            pass
+        else:
+            pytest.fail(f"bit {bit} of the manifest can be turned over")
+        text[bit // 8] ^= 1 << bit % 8
+    assert manifest.parse(text.decode("ascii")).step == 20
+
+
+def test_the_block_that_is_damaged_is_named(tmp_path: Path) -> None:
+    """Of a file of three blocks."""
+    big = torch.arange(300_001, dtype=torch.float64)
+    path = save(tmp_path, 1, [Held.whole("weight/big", big)], {}, ALONE, keep=1)
+    file = shards(path)[0]
+    for block, byte in enumerate((0, 1 << 20, file.stat().st_size - 1)):
+        flip(file, 8 * byte)
+        with pytest.raises(CheckpointError, match=f"damaged in block {block} of 3"):
+            loaded(tmp_path)
+        flip(file, 8 * byte)
+    assert loaded(tmp_path)[0].step == 1
+
+
+# --- everything else ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*FILES, *FOLDERS, *FORGED])
+def test_damage_is_told_and_passed_over(run: Path, name: str) -> None:
+    work, words = {**FILES, **FOLDERS, **FORGED}[name]
+    assert_damage(run, work, words)
+
+
+def assert_damage(run: Path, work: Work, words: str) -> None:
+    """The step before is loaded; alone, the damaged one is code 78; neither changes anything."""
+    work(new(run))
+    before = snapshot(run.parent)
+    assert_falls_back(run, words)
+    assert snapshot(run.parent) == before
+    shutil.rmtree(run / "step_00000010")
+    with pytest.raises(CheckpointError, match="no good checkpoint") as caught:
+        loaded(run)
+    assert caught.value.exit_code == 78 and words in str(caught.value)
 
 
 def test_with_no_good_step_each_is_named_with_its_reason(run: Path) -> None:
-    flip(new(run) / SHARD, 77)
-    (run / "step_00000010" / SHARD).unlink()
+    flip(shards(new(run))[0], 77)
+    shards(run / "step_00000010")[1].unlink()
     with pytest.raises(CheckpointError, match="no good checkpoint") as caught:
-        load(run, alone())
-    assert caught.value.exit_code == 78
-    for words in ("step_00000020", "block 0 of 3", "step_00000010", "No such file"):
+        loaded(run)
+    for words in ("step_00000020", "block 0 of 1", "step_00000010", "No such file"):
         assert words in str(caught.value)
-
-
-# --- files that are gone, cut, foreign, or no files -----------------------------------------------
-
-
-def cut(path: Path) -> None:
-    os.truncate(path, path.stat().st_size - 1)
-
-
-def lengthen(path: Path) -> None:
-    with path.open("ab") as file:
-        file.write(b"\0")
-
-
-def empty(path: Path) -> None:
-    os.truncate(path, 0)
-
-
-def rename(path: Path) -> None:
-    path.rename(path.with_name("shard_pp000_tp001.safetensors"))
-
-
-def older(path: Path) -> None:
-    shutil.copy(path.parent.parent / "step_00000010" / path.name, path)
-
-
-def pickle(path: Path) -> None:
-    torch.save({"big": torch.zeros(3)}, path)
-
-
-def folder(path: Path) -> None:
-    path.unlink()
-    path.mkdir()
-
-
-def link(path: Path) -> None:
-    moved = path.parent.parent.parent / "elsewhere"
-    path.rename(moved)
-    path.symlink_to(moved)
-
-
-def pipe(path: Path) -> None:
-    path.unlink()
-    os.mkfifo(path)
-
-
-@pytest.mark.parametrize(
-    "damage, words",
-    [
-        (cut, "bytes and was saved with"),
-        (lengthen, "bytes and was saved with"),
-        (empty, "has 0 bytes"),
-        (Path.unlink, "No such file"),
-        (rename, "No such file"),
-        (older, "SHA-256"),
-        (pickle, "bytes and was saved with"),
-        (folder, "not a regular file"),
-        (link, "symbolic link"),
-        (pipe, "not a regular file"),
-    ],
-)
-def test_a_shard_that_is_not_the_saved_one(
-    run: Path, damage: Callable[[Path], None], words: str
-) -> None:
-    damage(new(run) / SHARD)
-    assert_falls_back(run, SHARD, words)
-
-
-@pytest.mark.parametrize("damage", [cut, lengthen, empty, Path.unlink, pickle, folder, link, pipe])
-def test_a_manifest_that_is_not_the_saved_one(run: Path, damage: Callable[[Path], None]) -> None:
-    damage(new(run) / "manifest.json")
-    assert_falls_back(run)
-
-
-def test_a_manifest_of_another_step(run: Path) -> None:
-    older(new(run) / "manifest.json")
-    assert_falls_back(run, "holds step 10")
 
 
 def test_a_huge_manifest_is_not_read(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,117 +175,70 @@ def test_a_huge_manifest_is_not_read(run: Path, monkeypatch: pytest.MonkeyPatch)
     assert_falls_back(run, "more than 5000 bytes")
 
 
-def test_a_folder_that_is_a_link_a_file_or_empty(run: Path) -> None:
-    outside = run.parent / "outside"
-    new(run).rename(outside)
-    new(run).symlink_to(outside)
-    assert_falls_back(run, "symbolic link")
-    new(run).unlink()
-    new(run).write_text("text")
-    assert_falls_back(run, "not a folder")
-    new(run).unlink()
-    new(run).mkdir()
-    assert_falls_back(run, "has no manifest")
-
-
-def test_a_folder_that_was_renamed(run: Path) -> None:
-    new(run).rename(run / "step_00000021")
-    loaded = load(run, alone())
-    assert loaded.step == 10
-    assert loaded.skipped == ("step_00000021 holds step 20, so the folder was renamed",)
-
-
-# --- forged: all hashes right, the content a lie -------------------------------------------------
-
-
-def forge(step_folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change a manifest and give it the hash that it then has."""
-    path = step_folder / "manifest.json"
-    content = json.loads(path.read_text())
-    del content["sha256"]
-    change(content)
-    content["sha256"] = manifest._digest(content)
-    path.write_text(manifest._canonical(content))
-
-
-def shard(content: dict[str, Any]) -> dict[str, Any]:
-    found = content["shards"][SHARD]
-    assert isinstance(found, dict)
-    return found
-
-
-FORGERIES: dict[str, Callable[[dict[str, Any]], object]] = {
-    "no step": lambda c: c.pop("step"),
-    "step is text": lambda c: c.update(step="20"),
-    "step is true": lambda c: c.update(step=True),
-    "negative step": lambda c: c.update(step=-20),
-    "huge step": lambda c: c.update(step=10**30),
-    "format is text": lambda c: c.update(format="1"),
-    "format 0": lambda c: c.update(format=0),
-    "layout is a number": lambda c: c.update(layout=3),
-    "layout is no layout": lambda c: c.update(layout="xp3"),
-    "absurd layout": lambda c: c.update(layout="dp1.pp999999.tp999999"),
-    "meta is a list": lambda c: c.update(meta=[]),
-    "shards is a list": lambda c: c.update(shards=[SHARD]),
-    "shards is a number": lambda c: c.update(shards=3),
-    "shard is null": lambda c: c["shards"].update({SHARD: None}),
-    "no shards": lambda c: c.update(shards={}),
-    "shard above": lambda c: c["shards"].update({"../x.safetensors": shard(c)}),
-    "only a shard above": lambda c: c.update(shards={f"../step_00000010/{SHARD}": shard(c)}),
-    "absolute shard": lambda c: c.update(shards={f"/etc/{SHARD}": shard(c)}),
-    "shard of another rank": lambda c: c["shards"].update(
-        {manifest.shard_name({"pipeline": 0, "tensor": 1}, parse_layout("dp1.tp2")): shard(c)}
-    ),
-    "size is a fraction": lambda c: shard(c).update(bytes=1.5),
-    "huge size": lambda c: shard(c).update(bytes=1 << 80),
-    "large size": lambda c: shard(c).update(bytes=1 << 50),
-    "negative size": lambda c: shard(c).update(bytes=-1),
-    "no block size": lambda c: shard(c).update(block_bytes=0),
-    "block of the whole memory": lambda c: shard(c).update(block_bytes=1 << 50),
-    "a block too few": lambda c: shard(c)["sha256"].pop(),
-    "a block too many": lambda c: shard(c)["sha256"].append("00"),
-    "blocks are numbers": lambda c: shard(c).update(sha256=[1, 2, 3]),
-    "blocks are text": lambda c: shard(c).update(sha256="abc"),
-    "blocks of another file": lambda c: shard(c)["sha256"].reverse(),
-}
-
-
-@pytest.mark.parametrize("change", FORGERIES.values(), ids=FORGERIES)
-def test_a_forged_manifest(run: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    forge(new(run), change)
-    assert_falls_back(run)
-
-
-@pytest.mark.parametrize(
-    "text", ["", "[]", "null", '{"a": 1, "a": 2}', "[" * 100_000, "{" + "1" * 9999]
-)
-def test_a_manifest_that_is_no_object(run: Path, text: str) -> None:
-    (new(run) / "manifest.json").write_text(text)
-    assert_falls_back(run, "manifest")
-
-
-def test_a_name_that_stands_twice_in_a_manifest(run: Path) -> None:
-    path = new(run) / "manifest.json"
-    path.write_text(path.read_text().replace('"step": 20', '"step": 20,\n "step": 20', 1))
-    assert_falls_back(run, "a name stands twice")
-
-
 def test_a_newer_format_is_not_passed_over(run: Path) -> None:
-    forge(new(run), lambda content: content.update(format=2, mpmp="9.0", shards="in the cloud"))
+    forge(lambda content: content.update(format=3, mpmp="9.0", files="in the cloud"), new(run))
     with pytest.raises(
-        CheckpointError, match=r"step_00000020 was saved by mpmp '9\.0' in format 2"
+        CheckpointError, match=r"step_00000020 was saved by mpmp '9\.0' in format 3"
     ):
-        load(run, alone())
-    save(run, 30, {}, {}, alone(), keep=1)
+        loaded(run)
+    save(run, 30, [], {}, ALONE, keep=1)
     assert new(run).exists(), "pruning removed what a newer mpmp had saved"
 
 
-@pytest.mark.parametrize("lie", [0, 1 << 20, 1 << 62])
-def test_a_forged_header_with_the_right_hashes(run: Path, lie: int) -> None:
-    data = (new(run) / SHARD).read_bytes()[:5000]
-    with open(new(run) / SHARD, "wb") as file:
-        writer = BlockWriter(file)
-        writer.write(lie.to_bytes(8, "little") + data[8:])
-        said = manifest.describe(writer.finish())
-    forge(new(run), lambda content: content["shards"].update({SHARD: said}))
-    assert_falls_back(run, f"says its header has {lie} bytes")
+# --- headers of files of other programs -----------------------------------------------------------
+
+
+def header(text: str, data: bytes = b"") -> bytes:
+    return len(text).to_bytes(8, "little") + text.encode() + data
+
+
+def one(name: str = "a", dtype: object = "F32", shape: object = (2,), at: object = (0, 8)) -> str:
+    """A header's entry."""
+    return json.dumps({name: {"dtype": dtype, "shape": shape, "data_offsets": at}})[1:-1]
+
+
+def file_of(*entries: str, size: int = 8) -> bytes:
+    return header("{" + ", ".join(entries) + "}", bytes(size))
+
+
+HEADERS = {
+    "nothing": b"",
+    "a length alone": bytes(8),
+    "length 0": bytes(16),
+    "length beyond the file": (1 << 20).to_bytes(8, "little") + b"{}",
+    "length 2^62": (1 << 62).to_bytes(8, "little") + b"{}",
+    "length 2^64 - 1": b"\xff" * 8 + b"{}",
+    "not JSON": header("{]"),
+    "not UTF-8": (2).to_bytes(8, "little") + b"\xff\xfe",
+    "a list": header("[]"),
+    "100 000 brackets": header("[" * 100_000),
+    "a number of 9999 digits": header('{"a": ' + "1" * 9999 + "}"),
+    "an entry that is null": header('{"a": null}'),
+    "a name twice": file_of(one(), one()),
+    "data that overlap": file_of(one(), one("b")),
+    "data with a gap": file_of(one(at=(8, 16)), size=16),
+    "data behind the end": file_of(one(), size=0),
+    "data that nothing describes": file_of(one(), size=16),
+    "an unknown dtype": file_of(one(dtype="F7")),
+    "a dtype that is a list": file_of(one(dtype=[])),
+    "a shape that is text": file_of(one(shape="2")),
+    "a negative shape": file_of(one(shape=(-1, -2))),
+    "a shape of fractions": file_of(one(shape=(2.0,))),
+    "a shape of 2^80 elements": file_of(one(shape=(1 << 40, 1 << 40))),
+    "a shape of 0 and 2^62": file_of(one(shape=(0, 1 << 62), at=(0, 0)), size=0),
+    "a shape that is 2 in 64 bits": file_of(one(shape=(2, (1 << 64) + 1))),
+    "offsets the wrong way": file_of(one(at=(8, 0))),
+    "negative offsets": file_of(one(at=(-8, 0))),
+    "three offsets": file_of(one(at=(0, 4, 8))),
+    "a pickle": b"\x80\x02}q\x00." * 20,
+    "a zip": b"PK\x03\x04" + bytes(100),
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_absurd_headers_are_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(HEADERS[name])
+    with pytest.raises(CheckpointError) as caught:
+        tensor_files([path], ALONE)
+    assert "model.safetensors" in str(caught.value) and len(str(caught.value)) < 400

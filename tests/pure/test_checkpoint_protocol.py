@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType, SimpleNamespace
@@ -18,16 +19,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 import mpmp.checkpoint
-from mpmp.checkpoint import export, load, locked, save
-from mpmp.errors import CheckpointError, InputOutputError, LayoutError, TensorError
+from mpmp.checkpoint import ALONE, Found, Held, Loaded, Saver, export, load, locked, points, save
+from mpmp.errors import CheckpointError, InputOutputError, TensorError
 
 META = {"config": "ab12", "position": 640, "loss": 2.718281828459045, "seeds": {"10": 1, "9": 2}}
 
 
-def alone(layout: str = "dp1.pp1.tp1") -> Any:
-    """A mesh of one rank, without MPI."""
-    index = {"data": 0, "pipeline": 0, "tensor": 0}
-    return SimpleNamespace(layout=layout, index=index, everyone=SimpleNamespace(rank=0, size=1))
+SHARD = "shard_00000.safetensors"
 
 
 def content(step: int) -> dict[str, Tensor]:
@@ -41,19 +39,34 @@ def content(step: int) -> dict[str, Tensor]:
     }
 
 
+def whole(tensors: dict[str, Tensor]) -> list[Held]:
+    return [Held.whole(name, tensor) for name, tensor in tensors.items()]
+
+
 def save_step(folder: Path, step: int, keep: int = 2) -> Path:
-    return save(folder, step, content(step), META, alone(), keep)
+    return save(folder, step, whole(content(step)), META, ALONE, keep)
+
+
+def load_all(folder: Path) -> tuple[Loaded, dict[str, Tensor]]:
+    """The newest good checkpoint, and all that it holds."""
+    tensors: dict[str, Tensor] = {}
+
+    def wants(found: Found) -> list[Held]:
+        tensors.clear()
+        for key, one in found.contents.tensors.items():
+            tensors[key] = torch.empty(one.shape, dtype=one.dtype)
+        return whole(tensors)
+
+    return load(folder, wants, ALONE), tensors
 
 
 def assert_holds(folder: Path, step: int) -> tuple[str, ...]:
     """The newest good checkpoint is this step's, bit for bit; what was skipped."""
-    loaded = load(folder, alone())
+    loaded, tensors = load_all(folder)
     assert loaded.step == step
-    assert loaded.tensors.keys() == content(step).keys()
+    assert tensors.keys() == content(step).keys()
     for name, tensor in content(step).items():
-        assert loaded.tensors[name].dtype == tensor.dtype and torch.equal(
-            loaded.tensors[name], tensor
-        )
+        assert tensors[name].dtype == tensor.dtype and torch.equal(tensors[name], tensor)
     assert loaded.meta == META
     return loaded.skipped
 
@@ -69,7 +82,7 @@ def test_what_was_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
     folder = tmp_path / "läufe mit leerzeichen" / "a"
     path = save_step(folder, 12)
     assert path == folder / "step_00000012"
-    assert names(path) == ["manifest.json", "shard_pp000_tp000.safetensors"]
+    assert names(path) == ["manifest.json", "shard_00000.safetensors"]
     assert names(folder) == ["latest", "step_00000012"]
     assert (folder / "latest").read_text() == "step_00000012\n"
     assert assert_holds(folder, 12) == ()
@@ -77,26 +90,27 @@ def test_what_was_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
 
 def test_a_shard_of_many_blocks(tmp_path: Path) -> None:
     big = {"x": torch.arange(3_000_001, dtype=torch.int32), "y": torch.arange(7.0)}
-    save(tmp_path, 1, big, {}, alone(), 1)
-    found = load(tmp_path, alone()).tensors
+    save(tmp_path, 1, whole(big), {}, ALONE, 1)
+    found = load_all(tmp_path)[1]
     assert torch.equal(found["x"], big["x"]) and torch.equal(found["y"], big["y"])
 
 
 def test_no_tensors_and_no_meta(tmp_path: Path) -> None:
-    save(tmp_path, 0, {}, {}, alone(), 1)
-    loaded = load(tmp_path, alone())
-    assert (loaded.step, loaded.tensors, loaded.meta) == (0, {}, {})
+    path = save(tmp_path, 0, [], {}, ALONE, 1)
+    loaded, tensors = load_all(tmp_path)
+    assert (loaded.step, tensors, loaded.meta) == (0, {}, {})
+    assert names(path) == ["manifest.json"]
 
 
 def test_meta_comes_back_as_json_has_it(tmp_path: Path) -> None:
-    save(tmp_path, 1, {}, {"pair": (1, 2), "by": {10: "a", 9: "b"}, "name": "ß"}, alone(), 1)
-    assert load(tmp_path, alone()).meta == {
+    save(tmp_path, 1, [], {"pair": (1, 2), "by": {10: "a", 9: "b"}, "name": "ß"}, ALONE, 1)
+    assert load_all(tmp_path)[0].meta == {
         "pair": [1, 2],
         "by": {"10": "a", "9": "b"},
         "name": "ß",
     }
     with pytest.raises(ValueError):
-        save(tmp_path, 2, {}, {"loss": float("nan")}, alone(), 1)
+        save(tmp_path, 2, [], {"loss": float("nan")}, ALONE, 1)
 
 
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:
@@ -118,9 +132,9 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
 
 def test_a_step_saved_again_stands_beside_the_first(tmp_path: Path) -> None:
     save_step(tmp_path, 10)
-    save(tmp_path, 10, {"x": torch.ones(1)}, {}, alone(), 2)
+    save(tmp_path, 10, whole({"x": torch.ones(1)}), {}, ALONE, 2)
     assert names(tmp_path) == ["latest", "step_00000010", "step_00000010.2"]
-    assert list(load(tmp_path, alone()).tensors) == ["x"]
+    assert list(load_all(tmp_path)[1]) == ["x"]
     save_step(tmp_path, 10, keep=1)
     assert names(tmp_path) == ["latest", "step_00000010.3"]
     assert_holds(tmp_path, 10)
@@ -139,7 +153,7 @@ def test_newest_is_what_was_saved_last_not_what_has_the_highest_step(tmp_path: P
 def test_prune_counts_no_truncated_checkpoint(tmp_path: Path) -> None:
     save_step(tmp_path, 10)
     save_step(tmp_path, 20)
-    os.truncate(tmp_path / "step_00000020" / "shard_pp000_tp000.safetensors", 100)
+    os.truncate(tmp_path / "step_00000020" / "shard_00000.safetensors", 100)
     save_step(tmp_path, 30)
     assert names(tmp_path) == ["latest", "step_00000010", "step_00000030"]
 
@@ -156,19 +170,34 @@ def test_links_are_removed_and_not_followed_by_prune(tmp_path: Path) -> None:
     assert (precious / "file").read_text() == "text"
 
 
-def test_another_layout_is_named_with_the_way_out(tmp_path: Path) -> None:
+def test_a_part_of_another_dtype_and_strides(tmp_path: Path) -> None:
     save_step(tmp_path, 3)
-    with pytest.raises(
-        LayoutError, match=r"dp1\.pp1\.tp1 and this job has dp2\.pp1\.tp1.*--layout"
-    ):
-        load(tmp_path, alone("dp2.pp1.tp1"))
+    part = torch.zeros(20, 90, dtype=torch.float64)
+    box = ((150, 240), (7, 27))
+    loaded = load(tmp_path, lambda _: [Held("weight", (300, 41), box, part.t())], ALONE)
+    assert torch.equal(part.t(), content(3)["weight"][150:240, 7:27].double())
+    assert loaded.read_bytes <= (tmp_path / "step_00000003" / SHARD).stat().st_size
+
+
+@pytest.mark.parametrize(
+    "key, shape, words",
+    [("bias", (3,), "no such tensor"), ("weight", (300, 42), r"of shape \(300, 41\)")],
+)
+def test_a_tensor_of_another_model(
+    tmp_path: Path, key: str, shape: tuple[int, ...], words: str
+) -> None:
+    """No reason to fall back to an older step."""
+    save_step(tmp_path, 3)
+    save_step(tmp_path, 4)
+    with pytest.raises(CheckpointError, match=f"another model: {key} .*{words}"):
+        load(tmp_path, lambda _: whole({key: torch.empty(shape)}), ALONE)
 
 
 @pytest.mark.parametrize("there", [True, False])
 def test_nothing_there(tmp_path: Path, there: bool) -> None:
     folder = tmp_path if there else tmp_path / "absent"
     with pytest.raises(CheckpointError, match="no checkpoint in .*--checkpoint.resume"):
-        load(folder, alone())
+        load_all(folder)
 
 
 # --- killed at every line ---------------------------------------------------------------------
@@ -209,7 +238,7 @@ def memory() -> Iterator[Path]:
         yield Path(path)
 
 
-@pytest.mark.parametrize("keep, stride", [(1, 1), (2, 5)])
+@pytest.mark.parametrize("keep, stride", [(1, 11), (2, 29)])
 def test_killed_at_any_line_of_a_save_the_newest_good_step_is_found(
     memory: Path, keep: int, stride: int
 ) -> None:
@@ -240,9 +269,9 @@ def test_killed_at_any_line_of_the_first_save_there_is_a_checkpoint_or_none(memo
             assert assert_holds(run, 1) == ()
         else:
             with pytest.raises(CheckpointError, match="no checkpoint in"):
-                load(run, alone())
+                load_all(run)
         shutil.rmtree(run, ignore_errors=True)
-        line += 7
+        line += 29
     assert line > 100
 
 
@@ -297,7 +326,7 @@ def test_a_write_that_is_cut_short_leaves_nothing(tmp_path: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
     try:
-        with pytest.raises(InputOutputError, match="could not write .*shard_pp000.*too large"):
+        with pytest.raises(InputOutputError, match="could not write .*shard_00000.*too large"):
             save_step(tmp_path, 20)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -335,7 +364,7 @@ def test_a_disk_that_fills_up(small_disk: Path, monkeypatch: pytest.MonkeyPatch)
 def test_a_folder_that_cannot_be_is_named(folder: str) -> None:
     for work in (
         lambda: save_step(Path(folder), 1),
-        lambda: locked(Path(folder), alone()).__enter__(),
+        lambda: locked(Path(folder), ALONE).__enter__(),
     ):
         with pytest.raises(InputOutputError, match=f"rank 0 could not .*{folder}"):
             work()
@@ -343,8 +372,76 @@ def test_a_folder_that_cannot_be_is_named(folder: str) -> None:
 
 def test_what_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(TensorError, match="phase"):
-        save(tmp_path, 1, {"phase": torch.zeros(2, dtype=torch.complex64)}, {}, alone(), 1)
+        save(tmp_path, 1, whole({"phase": torch.zeros(2, dtype=torch.complex64)}), {}, ALONE, 1)
     assert names(tmp_path) == []
+
+
+# --- in the background ----------------------------------------------------------------------------
+
+
+def wait_until_done(saver: Saver) -> None:
+    limit_s = time.monotonic() + 60
+    while not saver.done():
+        assert time.monotonic() < limit_s
+        time.sleep(0.001)
+
+
+def test_what_was_is_saved_while_steps_go_on(tmp_path: Path) -> None:
+    saver = Saver(tmp_path, ALONE, 2, background=True)
+    for step in (10, 20, 30):
+        tensors = content(step)
+        assert not saver.done()
+        saver.begin(step, whole(tensors), META)
+        for one in tensors.values():
+            one.zero_()
+        wait_until_done(saver)
+        assert saver.settle() is None
+        wait_until_done(saver)
+        assert saver.settle() == tmp_path / f"step_{step:08}" and not saver.done()
+        assert assert_holds(tmp_path, step) == ()
+    assert names(tmp_path) == ["latest", "step_00000020", "step_00000030"]
+
+
+def test_an_end_waits_for_a_save(tmp_path: Path) -> None:
+    saver = Saver(tmp_path, ALONE, 2, background=True)
+    assert saver.finish() is None
+    saver.begin(10, whole(content(10)), META)
+    assert saver.finish() == tmp_path / "step_00000010" and saver.finish() is None
+    assert_holds(tmp_path, 10)
+
+
+def test_a_failed_write_is_told_when_it_is_settled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_step(tmp_path, 10)
+    saver = Saver(tmp_path, ALONE, 2, background=True)
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        saver.begin(20, whole(content(20)), META)
+        wait_until_done(saver)
+        with pytest.raises(InputOutputError, match=f"could not write .*{SHARD}: No space left"):
+            saver.settle()
+    assert names(tmp_path) == ["latest", "step_00000010"] and not saver.done()
+    saver.begin(20, whole(content(20)), META)
+    assert saver.finish() is not None
+    assert_holds(tmp_path, 20)
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_the_points_of_a_save_come_in_their_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, background: bool
+) -> None:
+    save_step(tmp_path, 10)
+    passed: list[str] = []
+    monkeypatch.setattr(points, "hook", passed.append)
+    saver = Saver(tmp_path, ALONE, 1, background=background)
+    saver.begin(20, whole(content(20)), META)
+    saver.finish()
+    assert list(dict.fromkeys(passed)) == list(points.NAMES)
 
 
 # --- one job on a folder --------------------------------------------------------------------------
@@ -353,21 +450,21 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
 def test_a_second_job_is_refused_and_told_by_whom(tmp_path: Path) -> None:
     run = tmp_path / "run"
     refused = pytest.raises(InputOutputError, match=rf"process {os.getpid()} on .*checkpoint\.dir")
-    with locked(run, alone()):
-        with refused, locked(run, alone()):
+    with locked(run, ALONE):
+        with refused, locked(run, ALONE):
             pass
         save_step(run, 1)
-    with locked(run, alone()):
+    with locked(run, ALONE):
         assert_holds(run, 1)
 
 
 def test_a_killed_job_leaves_no_lock(tmp_path: Path) -> None:
     def hold() -> None:
-        locked(tmp_path, alone()).__enter__()
+        locked(tmp_path, ALONE).__enter__()
         os._exit(9)
 
     assert killed_at_line(10**9, hold)
-    with locked(tmp_path, alone()):
+    with locked(tmp_path, ALONE):
         pass
 
 
@@ -376,7 +473,7 @@ def test_a_killed_job_leaves_no_lock(tmp_path: Path) -> None:
 
 def test_the_exported_file_is_safetensors(tmp_path: Path) -> None:
     path = tmp_path / "new" / "model.safetensors"
-    export(path, content(1), {"layout": "dp1.pp1.tp1"}, alone())
+    export(path, content(1), {"layout": "dp1.pp1.tp1"}, ALONE)
     with safe_open(str(path), "pt") as file:
         assert file.metadata() == {"format": "pt", "layout": "dp1.pp1.tp1"}
         assert all(torch.equal(file.get_tensor(name), one) for name, one in content(1).items())
@@ -387,7 +484,7 @@ def test_a_failed_export_leaves_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "model.safetensors"
-    export(path, content(1), {}, alone())
+    export(path, content(1), {}, ALONE)
     before = path.read_bytes()
 
     def full(descriptor: int) -> None:
@@ -397,5 +494,5 @@ def test_a_failed_export_leaves_the_old_file(
     with pytest.raises(
         InputOutputError, match="rank 0 could not write .*model.safetensors: No space"
     ):
-        export(path, content(2), {}, alone())
+        export(path, content(2), {}, ALONE)
     assert path.read_bytes() == before and names(tmp_path) == ["model.safetensors"]

@@ -2,7 +2,9 @@
 
 import io
 import json
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,24 +14,28 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 from torch import Tensor
 
-from mpmp.checkpoint import tensorfile
+from mpmp.checkpoint import ALONE, Held, tensor_files, tensorfile
+from mpmp.checkpoint import read as read_into
+from mpmp.checkpoint.exporting import write_tensors
 from mpmp.errors import CheckpointError, TensorError
 
 
 def written(tensors: dict[str, Tensor]) -> bytes:
-    file = io.BytesIO()
-    tensorfile.write(tensors, {}, file.write)
-    assert len(file.getvalue()) == tensorfile.size_bytes(tensors, {})
-    return file.getvalue()
+    with tempfile.TemporaryDirectory() as folder:
+        write_tensors(Path(folder) / "file", tensors, {})
+        return (Path(folder) / "file").read_bytes()
 
 
 def read(data: bytes) -> dict[str, Tensor]:
-    file = io.BytesIO(data)
-
-    def fill(target: memoryview) -> None:
-        assert file.readinto(target) == len(target), "read beyond the end"
-
-    return tensorfile.read(fill, len(data))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "file"
+        path.write_bytes(data)
+        contents = tensor_files([path], ALONE)
+        found = {
+            name: torch.empty(one.shape, dtype=one.dtype) for name, one in contents.tensors.items()
+        }
+        read_into(contents, [Held.whole(name, one) for name, one in found.items()], ALONE)
+        return found
 
 
 def bits(tensor: Tensor) -> tuple[Any, ...]:
@@ -99,7 +105,7 @@ def test_views_are_written_as_what_they_show(strange: Callable[[Tensor], Tensor]
 )
 def test_what_the_format_cannot_hold_is_refused_by_name(tensors: dict[str, Tensor]) -> None:
     with pytest.raises(TensorError, match="cannot be written"):
-        tensorfile.size_bytes(tensors, {})
+        written(tensors)
 
 
 def forged(header: object, data: bytes = bytes(8)) -> bytes:
@@ -149,8 +155,14 @@ LIES = {
 
 @pytest.mark.parametrize("data", LIES.values(), ids=LIES)
 def test_a_header_that_lies_is_a_checkpoint_error(data: bytes) -> None:
+    file = io.BytesIO(data)
+
+    def take(count: int) -> bytes:
+        assert file.tell() + count <= len(data), "read beyond the end"
+        return file.read(count)
+
     with pytest.raises(CheckpointError):
-        read(data)
+        tensorfile.read_entries(take, len(data))
 
 
 @given(st.data())

@@ -7,7 +7,7 @@ import torch
 
 from mpmp.config import Data
 from mpmp.data.loader import Batches, load
-from mpmp.data.objective import Objective
+from mpmp.data.objective import LanguageObjective
 from mpmp.parallel.stage import NOT_COUNTED
 
 
@@ -17,7 +17,7 @@ def batches():
 
 
 def test_the_next_token_is_every_token_once(batches):
-    objective = Objective(batches)
+    objective = LanguageObjective(batches)
     rows = objective.training(5, 0, 32)
     assert torch.equal(rows.inputs_BT[:, 1:], rows.targets_BT[:, :-1])
     assert rows.lengths_B is None and rows.counted == objective.counted(5) == 32 * 64
@@ -28,7 +28,7 @@ def test_the_next_token_is_every_token_once(batches):
 @pytest.mark.parametrize("masked", (False, True))
 @pytest.mark.parametrize("shortest", (None, 1, 40, 64, 1000))
 def test_pieces_of_a_batch_are_those_of_the_whole(batches, masked, shortest):
-    objective = Objective(batches, masked=masked, shortest=shortest)
+    objective = LanguageObjective(batches, masked=masked, shortest=shortest)
     whole = objective.training(2, 0, 32)
     assert objective.counted(2) == whole.counted
     for start, stop in ((0, 7), (7, 8), (8, 32)):
@@ -42,7 +42,7 @@ def test_pieces_of_a_batch_are_those_of_the_whole(batches, masked, shortest):
 
 
 def test_lengths_lie_between_the_shortest_and_the_context(batches):
-    objective = Objective(batches, shortest=10)
+    objective = LanguageObjective(batches, shortest=10)
     lengths = torch.cat([objective.training(step, 0, 32).lengths_B for step in range(40)])
     assert lengths.min() == 10 and lengths.max() == 64
     rows = objective.training(0, 0, 32)
@@ -51,9 +51,9 @@ def test_lengths_lie_between_the_shortest_and_the_context(batches):
 
 
 def test_masks_have_their_shares(batches):
-    objective = Objective(batches, masked=True)
+    objective = LanguageObjective(batches, masked=True)
     assert objective.vocabulary == 258 and objective.mask == 257
-    plain = Objective(batches)
+    plain = LanguageObjective(batches)
     asked = hidden = same = tokens = 0
     for step in range(40):
         rows, words = objective.training(step, 0, 32), plain.training(step, 0, 32).inputs_BT
@@ -72,7 +72,7 @@ def test_masks_have_their_shares(batches):
 
 
 def test_nothing_is_asked_of_the_padding(batches):
-    objective = Objective(batches, masked=True, shortest=3)
+    objective = LanguageObjective(batches, masked=True, shortest=3)
     rows = objective.training(1, 0, 32)
     padding = torch.arange(64) >= rows.lengths_B[:, None]
     assert (rows.targets_BT[padding] == NOT_COUNTED).all()

@@ -11,7 +11,8 @@ import mpmp
 from mpmp.config import Config, Data, Model, Parallel, Train
 from mpmp.data.loader import load
 from mpmp.errors import NotFiniteError
-from mpmp.job.setup import make_batches
+from mpmp.job import state
+from mpmp.job.setup import make_objective
 from mpmp.job.training import Training
 
 pytestmark = pytest.mark.ranks(1, 2, 4)
@@ -26,21 +27,23 @@ def made(axis, size, dtype="float16"):
         parallel=Parallel(**{axis: size}),
     )
     mesh = mpmp.mesh(**{axis: size})
-    return Training(config, mesh, make_batches(config, load(config.data)))
+    return Training(config, mesh, make_objective(config, load(config.data)))
 
 
 @pytest.mark.parametrize("axis", AXES)
 def test_an_overflow_changes_nothing_but_the_scale(world, axis):
     training = made(axis, world.size)
     training.step(0, 0.0)
-    before = {name: one.clone() for name, one in training.state().items()}
+    before = [one.tensor.clone() for one in state.held(training)]
+    updates = state.meta(training)["optimizer"]
     moderate = training.scale.value
     training.scale.value = 2.0**120  # gradients become infinite, in float32 too
     step = training.step(1, 0.0)
     assert step.skipped and step.loss < 10
     assert training.scale.value == 2.0**119
-    for name, one in training.state().items():
-        assert name.startswith("scale/") or torch.equal(one, before[name]), name
+    assert updates == state.meta(training)["optimizer"] == {"updates": 1}
+    for one, tensor in zip(state.held(training), before, strict=True):
+        assert torch.equal(one.tensor, tensor), one.key
     training.scale.value = moderate
     assert not training.step(2, 0.0).skipped
     values = training.mesh.everyone.allgather(torch.tensor([training.scale.value]))

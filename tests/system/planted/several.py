@@ -9,7 +9,7 @@ import sys
 
 from mpmp import commands
 from mpmp.comm import ending
-from mpmp.config import Config
+from mpmp.config import TASKS, Config
 from mpmp.job.run import train
 
 
@@ -20,7 +20,7 @@ def main() -> None:
             lines.append([])
         else:
             lines[-1].append(word)
-    configs = [commands.parse("mpmp.train", "", Config(), line) for line in lines]
+    configs = [commands.parse("mpmp.train", "", Config(), line, TASKS) for line in lines]
 
     def trainings() -> None:
         for config in configs:

@@ -12,7 +12,8 @@ from torch import Tensor
 from mpmp.comm.mesh import Mesh
 from mpmp.comm.world import World, start
 from mpmp.config import Config
-from mpmp.data.loader import Batches, Corpus
+from mpmp.data.loader import Corpus
+from mpmp.data.objective import LanguageObjective
 from mpmp.errors import InputOutputError, VerifyError
 from mpmp.job import setup
 from mpmp.job.bench.baselines import gloo
@@ -78,8 +79,8 @@ class Session:
         settings, world = self.settings, self.world
         config = config_of(mode, settings, world.size)
         mesh = self._mesh(mode, config)
-        batches = setup.make_batches(config, self.text)
-        contenders = self._contenders(mode, config, mesh, batches)
+        objective = setup.make_objective(config, self.text)
+        contenders = self._contenders(mode, config, mesh, objective)
         done = turns.take(
             contenders, self.lobby.everyone, world, settings.steps, settings.repeats + 1
         )
@@ -111,11 +112,11 @@ class Session:
         return Mesh.single(self.world) if self.world.rank == 0 else None
 
     def _contenders(
-        self, mode: str, config: Config, mesh: Mesh | None, batches: Batches
+        self, mode: str, config: Config, mesh: Mesh | None, objective: LanguageObjective
     ) -> list[Contender]:
         """Ours, theirs, and who is beside them, all with the weights of ours."""
         rank, ranks = self.world.rank, self.world.size
-        training = None if mesh is None else Training(config, mesh, batches)
+        training = None if mesh is None else Training(config, mesh, objective)
         merged = self._merged(training, mesh)
         tokens = config.train.batch * config.model.context
         makers = theirs.MAKERS
@@ -129,7 +130,9 @@ class Session:
             """Their loop: on all ranks, or on rank 0 for itself."""
             if apart and rank != 0:
                 return None
-            return makers[maker](config, batches, merged, *((0, 1) if apart else (rank, ranks)))
+            return makers[maker](
+                config, objective.batches, merged, *((0, 1) if apart else (rank, ranks))
+            )
 
         found = [
             Contender("ours", None if training is None else ours, tokens),

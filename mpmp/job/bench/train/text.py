@@ -24,6 +24,7 @@ class Pairs:
     vocabulary: int
     end_of_text: int | None = None
     mask: int | None = None
+    file: str | None = None
 
     def encode(self, text: bytes | str) -> Tokens:
         data = text.encode() if isinstance(text, str) else text

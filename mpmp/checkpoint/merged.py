@@ -1,0 +1,71 @@
+"""What a model in files says of itself; of a merged one, the metadata of its safetensors file.
+
+With that the file is enough to go on from: to generate, to fine-tune, to export.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import mpmp
+from mpmp.config import Model
+from mpmp.errors import CheckpointError, ConfigError
+
+ROWS = "rows"
+"""In place of a text of the metadata: how many rows the file's embedding has."""
+HeadOf = Literal["words", "tags", ""]
+"""What a model scores behind its blocks: the vocabulary, tags of tokens, or nothing."""
+
+
+@dataclass(frozen=True)
+class Described:
+    """A model that lies in files, as its settings tell of it; ``model.weights`` is where."""
+
+    model: Model
+    tags: tuple[str, ...] = ()
+    """Names of the classes that tokens are put in, where the model has a classifier."""
+    head: HeadOf = "words"
+    theirs: bool = False
+    """The tensors have Hugging Face's names."""
+    tokenizer: str | None = None
+    """The tokenizer.json beside the weights."""
+    notes: tuple[str, ...] = ()
+    """Sentences for the user: what the files say and mpmp leaves out."""
+
+
+def metadata(step: int, meta: Mapping[str, Any]) -> dict[str, str]:
+    """Of the merged model whose checkpoint has ``meta``; safetensors takes texts only."""
+    found = {"format": "pt", "mpmp": mpmp.__version__, "step": str(step)}
+    if isinstance(meta.get("config"), dict):
+        found["model"] = json.dumps({**meta["config"]["model"], "weights": None})
+    if meta.get("tags"):
+        found["tags"] = json.dumps(list(meta["tags"]))
+    return found
+
+
+def described(said: Mapping[str, Any], where: str) -> Described | None:
+    """The model that :func:`metadata` tells of; None where it tells of none."""
+    if "model" not in said:
+        return None
+    try:
+        tags = json.loads(said.get("tags", "[]"))
+        model = {**json.loads(said["model"]), "vocabulary": said[ROWS]}
+        return described_by({"model": model}, tags, where)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{where} has metadata that makes no sense ({error})") from None
+
+
+def described_by(settings: Mapping[str, Any], tags: Any, where: str) -> Described:
+    """The model of saved settings (``to_dict`` of a Config), and of the tags that it gives."""
+    try:
+        model = dataclasses.replace(Model(**settings["model"]), weights=where)
+        names = tuple(str(one) for one in tags or ())
+    except (KeyError, TypeError, ConfigError) as error:
+        raise CheckpointError(
+            f"{where} tells of its model what this mpmp does not understand ({error!s:.200})"
+        ) from None
+    return Described(model, names, "tags" if names else "words")

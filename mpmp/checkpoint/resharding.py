@@ -1,0 +1,194 @@
+"""A step cut again for another layout, in one process: each rank's shard as a job would write it.
+
+    files of dp4 |====|====|     for each rank of tp2: which boxes would it hold?
+                    \\/ \\/        imagined meshes say so; only that rank's parts are in memory
+    files of tp2 |====|====|
+
+Any layout loads any other; a layout that finds its own files reads each one on one rank, whole.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mpmp import models
+from mpmp.checkpoint import folder as run_folder
+from mpmp.checkpoint.alone import ALONE
+from mpmp.checkpoint.blocks import write_file
+from mpmp.checkpoint.chosen import choose
+from mpmp.checkpoint.contents import Stored
+from mpmp.checkpoint.dealing import read
+from mpmp.checkpoint.extents import Extent
+from mpmp.checkpoint.held import Held
+from mpmp.checkpoint.locking import locked
+from mpmp.checkpoint.manifest import Manifest
+from mpmp.checkpoint.saving import last_serial, publish, shard_name
+from mpmp.checkpoint.shard import in_place
+from mpmp.checkpoint.sharing import Holding, share_out, stored
+from mpmp.comm.agreement import on_first
+from mpmp.comm.imagined import imagined
+from mpmp.comm.mesh import Mesh
+from mpmp.config import Model, Parallel
+from mpmp.errors import CheckpointError, ConfigError
+from mpmp.parallel import zero
+from mpmp.parallel.parts import parts
+from mpmp.programs import schedules
+
+_TOKENIZER = "tokenizer.json"
+"""Lies in the folder of a run that used one; its model says nothing without it."""
+
+
+@dataclass(frozen=True)
+class Reshard:
+    """Write a step anew, with the files of another layout; no bit of a tensor changes.
+
+    Of a run the newest step is taken. Resume from the new folder with --checkpoint.resume.
+    """
+
+    folder: str = ""
+    """Folder of a run, or of one step."""
+    layout: str = ""
+    """The layout to cut for, as in dp2.tp2.zero3."""
+    to: str = ""
+    """Folder of a run, new or not, that gets the step."""
+
+
+def reshard(asked: Reshard) -> None:
+    """Read what each rank of the layout would write, and write it, one rank after the other."""
+    if not (asked.layout and asked.to):
+        raise ConfigError("reshard needs a layout and a folder: --layout dp2.tp2.zero3 --to DIR")
+    chosen = choose(asked.folder)
+    path, found = chosen.newest()
+    for sentence in chosen.bad():
+        print(f"passed over: {sentence}")
+    settings = _settings(path, found)
+    meshes = list(imagined(asked.layout))
+    every = [_holdings(mesh, settings, found) for mesh in meshes]
+    to, layout = Path(asked.to), meshes[0].layout
+
+    def work() -> str:
+        name = cut_anew(path, found, every, to, layout)
+        if (chosen.run / _TOKENIZER).is_file() and not (to / _TOKENIZER).exists():
+            shutil.copyfile(chosen.run / _TOKENIZER, to / _TOKENIZER)
+        return name
+
+    with locked(to, ALONE):
+        name = on_first(f"reshard {path}", work, ALONE)
+    print(f"{path} of {found.layout} is {to / name} of {layout}")
+
+
+def cut_anew(
+    path: Path, found: Manifest, every: Sequence[Sequence[Holding]], to: Path, layout: str
+) -> str:
+    """Save a step in another run's folder as ranks that hold ``every`` would; the new name."""
+    shares, contents = share_out(every), found.contents(path)
+    tensors = stored(shares, (one for own in every for one in own))
+    if _shapes(tensors) != _shapes(found.tensors):
+        raise CheckpointError(f"{path} holds other tensors than its settings tell of")
+    name = run_folder.free_name(to, found.step)
+    unfinished = to / f"{name}.tmp"
+    unfinished.mkdir()
+    try:
+        files = {}
+        for rank, share in enumerate(shares):
+            if share is not None:
+                held = [_empty(one) for one, _ in share.pieces]
+                read(contents, held, ALONE)
+                files[shard_name(rank)] = write_file(
+                    unfinished / shard_name(rank), in_place(share, held)
+                )
+        meta = {key: one for key, one in found.meta.items() if key != "cut"}
+        publish(to, name, Manifest(found.step, last_serial(to) + 1, layout, files, tensors, meta))
+    except BaseException:
+        run_folder.remove(unfinished)
+        raise
+    return name
+
+
+def _shapes(tensors: Mapping[str, Stored]) -> dict[str, tuple[int, ...]]:
+    return {key: one.shape for key, one in tensors.items()}
+
+
+def _empty(one: Holding) -> Held:
+    """Room for what a rank holds."""
+    extent = one.extent
+    room = torch.empty(extent.size, dtype=one.dtype)
+    return Held(one.key, one.shape, extent.box, room, extent.start, extent.stop)
+
+
+# --- who would hold what --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What of a run's settings says who holds what."""
+
+    model: Model
+    parallel: Parallel
+    vocabulary: int
+    tags: int
+    cut: str
+
+
+def _settings(path: Path, found: Manifest) -> _Settings:
+    try:
+        said: dict[str, Any] = found.meta["config"]
+        model, parallel = Model(**said["model"]), Parallel(**said["parallel"])
+        vocabulary = found.tensors["weight/embedding.weight"].shape[0]
+        tags, cut = len(found.meta.get("tags") or ()), str(found.meta.get("cut", "even"))
+    except (KeyError, TypeError, ConfigError) as error:
+        raise CheckpointError(
+            f"{path} does not say how its model is made ({error!r:.200}), so it cannot be cut anew"
+        ) from None
+    return _Settings(model, parallel, vocabulary, tags, cut)
+
+
+def _pieces(mesh: Mesh, settings: _Settings) -> list[zero.Piece]:
+    """What a rank of the layout would update of each parameter: shapes alone, no memory."""
+    model, parallel, pipeline = settings.model, settings.parallel, mesh.pipeline
+    schedule = schedules.find(parallel.schedule)
+    stages = schedule.chunks * pipeline.size
+    cut = settings.cut if settings.cut.count(",") + 1 == stages else "even"
+    made: list[models.TransformerStage] = []
+    with torch.device("meta"):
+        for part in parts(schedule, pipeline.rank, pipeline.size, model.layers, cut):
+            first = next((stage for stage in made if stage.embedding is not None), None)
+            made.append(
+                models.build(
+                    model,
+                    settings.vocabulary,
+                    mesh,
+                    torch.float32,
+                    part,
+                    sequence=mesh.sequence,
+                    attention=parallel.attention,
+                    embedding=first.embedding if first is not None and part.last else None,
+                    transient=mesh.zero == 3,
+                    tags=settings.tags,
+                )
+            )
+        return zero.make(made, mesh, mesh.zero, parallel.bucket_mb * 1e6).pieces()
+
+
+def _holdings(mesh: Mesh, settings: _Settings, found: Manifest) -> list[Holding]:
+    """What a rank would hold of each tensor of a checkpoint: weights and their optimiser states."""
+    kinds: dict[str, list[str]] = {}
+    for key in found.tensors:
+        kind, _, name = key.partition("/")
+        kinds.setdefault(name, []).append(kind)
+    return [
+        Holding(
+            f"{kind}/{piece.placement.name}",
+            found.tensors[f"{kind}/{piece.placement.name}"].dtype,
+            piece.placement.shape,
+            Extent(piece.placement.ranges, piece.start, piece.stop),
+        )
+        for piece in _pieces(mesh, settings)
+        for kind in kinds.get(piece.placement.name, ())
+    ]

@@ -1,0 +1,1 @@
+"""Bench of checkpoints: saving beside the disk, in the background, and loading in parts."""
