@@ -111,7 +111,7 @@ class Mesh:
                 f"layout {layout_of(sizes, zero, sequence)} cuts sequences over the tensor axis, "
                 "which has one rank; leave sp out or use tp2 and more"
             )
-        index = _index(world.rank, sizes)
+        index = index_of(world.rank, sizes)
         settings = settings or Comm()
         for collective in collectives.COLLECTIVES:
             name = getattr(settings, collective)
@@ -342,7 +342,7 @@ def _numbered(hosts: list[int]) -> tuple[int, ...]:
     return tuple(order[host] for host in hosts)
 
 
-def _index(rank: int, sizes: dict[str, int]) -> dict[str, int]:
+def index_of(rank: int, sizes: dict[str, int]) -> dict[str, int]:
     index = {}
     for axis in reversed(AXES):
         rank, index[axis] = divmod(rank, sizes[axis])

@@ -76,13 +76,7 @@ class Training:
         changed then.
         """
         scale = self.scale.value
-        loss = self.pipeline.train(
-            self._microbatches(number),
-            self.objective.counted(number),
-            self.config.train.batch,
-            self.sharded,
-            scale,
-        )
+        loss = self.backward(number, self.objective.counted(number))
         norm = float(global_norm(self.pieces, self.mesh.everyone))
         total, elapsed_s = self._agree(loss)
         rate = learning_rate(self.config.optimizer, number, progress)
@@ -101,6 +95,16 @@ class Training:
         self.optimizer.step()
         self.sharded.step_done()
         return Step(total, norm / scale, rate, elapsed_s)
+
+    def backward(self, number: int, counted: int) -> Tensor:
+        """Forward and backward of a step of so many counted tokens; this rank's loss."""
+        return self.pipeline.train(
+            self._microbatches(number),
+            counted,
+            self.config.train.batch,
+            self.sharded,
+            self.scale.value,
+        )
 
     def validate(self) -> float:
         """Mean loss over the validation, nats per token, the same on every rank."""
