@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from mpmp.comm import ending
+from mpmp.comm import ending, memory
 from mpmp.comm.mpi import MPI
 from mpmp.comm.probe import probe, weakest
 from mpmp.comm.share import Shares, open_shares
@@ -244,6 +244,7 @@ def start(device: str = "auto", limit_s: float = 600.0) -> World:
         limit_s=limit_s,
     )
     torch.set_num_threads(world.threads)
+    memory.keep_freed()
     job = world.gather_texts(f"{os.getpid()}.{time.time_ns()}")[0]
     ledger = ending.open_ledger(job)
     host_comm.Barrier()

@@ -65,7 +65,9 @@ class Head(nn.Module):
         super().__init__()
         self.table = table
         width = model.width
-        self.norm = nn.Identity() if style.post_norm else make_norm(make, "norm", width, style)
+        self.norm = (
+            nn.Identity() if style.post_norm else make_norm(make, "norm", width, style, True)
+        )
         self.transform: nn.Module | None = None
         self.bias: nn.Parameter | None = None
         if style.transform:

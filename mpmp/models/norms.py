@@ -10,22 +10,29 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mpmp.models.style import Style
+from mpmp.parallel import fused
 from mpmp.parallel.maker import Maker
 
 RMS_EPSILON = 1e-5
+EPSILON = 1e-5
 
 
 class LayerNorm(nn.Module):
-    """Mean and variance of each token taken out (Ba et al. 2016)."""
+    """Mean and variance of each token taken out (Ba et al. 2016).
 
-    def __init__(self, make: Maker, name: str, features: int) -> None:
+    ``narrow``: nobody but products, which round it, takes the result.
+    """
+
+    def __init__(self, make: Maker, name: str, features: int, narrow: bool = False) -> None:
         super().__init__()
-        apart = make.sequence
+        apart, self.narrow = make.sequence, narrow
         self.weight = make.parameter(f"{name}.weight", (features,), mean=1.0, apart=apart)
         self.bias = make.parameter(f"{name}.bias", (features,), apart=apart)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(_wide(x), self.weight.shape, self.weight, self.bias)
+        if self.narrow:
+            return fused.layer_norm(_wide(x), self.weight, self.bias, EPSILON)
+        return F.layer_norm(_wide(x), self.weight.shape, self.weight, self.bias, EPSILON)
 
 
 class RMSNorm(nn.Module):
@@ -39,11 +46,15 @@ class RMSNorm(nn.Module):
         return F.rms_norm(_wide(x), self.weight.shape, self.weight, RMS_EPSILON)
 
 
-def make_norm(make: Maker, name: str, features: int, style: Style) -> nn.Module:
-    """The norm of a style."""
+def make_norm(
+    make: Maker, name: str, features: int, style: Style, narrow: bool = False
+) -> nn.Module:
+    """The norm of a style; ``narrow`` where products alone take the result."""
     if style.norm == "none":
         return nn.Identity()
-    return (LayerNorm if style.norm == "layer" else RMSNorm)(make, name, features)
+    if style.norm == "rms":
+        return RMSNorm(make, name, features)
+    return LayerNorm(make, name, features, narrow)
 
 
 def _wide(x: Tensor) -> Tensor:
