@@ -105,24 +105,24 @@ def test_a_peer_that_does_not_answer_is_named(world):
         mesh.tensor.send(torch.ones(4), 0, 0).wait()
 
 
-def test_a_failing_started_operation_raises_where_it_is_waited_for(mesh):
+def test_a_failing_started_operation_raises_where_it_is_waited_for(world):
     from mpmp.comm.progress import Progress
 
     def fail() -> None:
         raise PeerError("planted")
 
     for threaded in (True, False):
-        handle = Progress(threaded).start(fail)
+        handle = Progress(world.until, threaded).start(fail)
         with pytest.raises(PeerError, match="planted"):
             handle.wait()
 
 
-def test_without_threads_operations_run_in_order_when_waited_for(mesh):
+def test_without_threads_operations_run_in_order_when_waited_for(world):
     """Started in a backward hook, a sum may need what this rank sends only afterwards."""
     from mpmp.comm.progress import Progress
 
     ran: list[int] = []
-    progress = Progress(threaded=False)
+    progress = Progress(world.until, threaded=False)
     handles = [progress.start(lambda n=n: ran.append(n)) for n in range(3)]
     assert ran == []
     handles[1].wait()
