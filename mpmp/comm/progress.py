@@ -6,10 +6,11 @@
 
 MPI moves nothing by itself between two calls, so an operation that was merely started would wait
 for its ``wait``. The thread carries it out, and while nothing arrives it asks MPI and naps in
-between: 0.1 ms at first, then a quarter of what it has waited, 4 ms at most, so that a long wait is
-prolonged by a quarter at the worst and costs the computation next to nothing. Once somebody waits
-there is no computation to spare, and naps stay short. The thread needs Python's lock for some
-microseconds each time; a kernel of torch that runs meanwhile has let go of it.
+between: half of what such a wait has usually taken, or a quarter of what this one has; between
+0.1 ms and 1 ms, for some libraries take no more than 64 KiB from a connection each time they are
+asked. What one operation is late by the other hides. Once somebody waits there is no computation
+to spare, and naps stay short. The thread needs Python's lock for some microseconds each time; a
+kernel of torch that runs meanwhile has let go of it.
 
 Operations begin in the order in which they were started, which must be the same on all ranks of a
 group; those of one lane follow one another.
@@ -25,7 +26,7 @@ from typing import Protocol
 
 LANES = 2
 """Operations under way at once."""
-SHORT_NAP_S, LONG_NAP_S = 100e-6, 4e-3
+SHORT_NAP_S, LONG_NAP_S = 100e-6, 1e-3
 
 
 class Handle(Protocol):
@@ -112,6 +113,8 @@ class Progress:
         self._queue: deque[Task] = deque()
         self._under_way: list[Task] = []
         self._awaited: set[Task] = set()
+        self._usual_s = 0.0
+        """How long the thread has lately waited until something moved."""
         self._thread: threading.Thread | None = None
         self._bell = threading.Event()
         """Rung when there is something to do for a thread that has nothing."""
@@ -167,7 +170,8 @@ class Progress:
     def _turn(self, nap: Callable[[float], float] | None) -> None:
         """Wait until something moves."""
         try:
-            self._until(self._moved, self._describe, self._missing, nap=nap)
+            waited_s = self._until(self._moved, self._describe, self._missing, nap=nap)
+            self._usual_s += (waited_s - self._usual_s) / 8
         except BaseException as error:
             for task in self._under_way:
                 task.fail(error)
@@ -191,7 +195,7 @@ class Progress:
         return len(others) < LANES and lane not in others
 
     def _nap(self, waited_s: float) -> float:
-        return SHORT_NAP_S if self._awaited else growing(waited_s)
+        return SHORT_NAP_S if self._awaited else growing(max(waited_s, 2 * self._usual_s))
 
     def _describe(self) -> str:
         # The oldest is the one that the others may be waiting for.
