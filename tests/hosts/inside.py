@@ -240,9 +240,7 @@ class Timed:
         """Seconds of a step on the slowest rank."""
         one = self._training
         batch, counted = one._microbatches(0), one.objective.counted(0)
-        return self._ranks.slowest_run(
-            lambda: one.pipeline.train(batch, counted, 1, one.sharded)
-        )
+        return self._ranks.slowest_run(lambda: one.pipeline.train(batch, counted, 1, one.sharded))
 
     def sums(self) -> float:
         """Seconds of the sums of all gradients alone."""
@@ -260,7 +258,6 @@ class Timed:
         for bucket in self.sharded.buckets:
             bucket._reduce = None
         ended: list[float] = []
-        finish = self.sharded.finish
         self.sharded.finish = lambda: ended.append(time.perf_counter())  # type: ignore[method-assign]
         step = self.step()
         del self.sharded.finish
