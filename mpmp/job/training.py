@@ -60,9 +60,9 @@ class Training:
         self.positions = self._own_positions()
         made = assemble(config, mesh, self.objective.vocabulary, self._example)
         self.schedule, self.stages, self.cut = made.schedule, made.stages, made.cut
-        self.sharded = zero.make(
-            self.stages, mesh, config.parallel.zero, config.parallel.bucket_mb * 1e6
-        )
+        bucket_mb = config.parallel.bucket_mb
+        bucket_bytes = None if bucket_mb is None else bucket_mb * 1e6
+        self.sharded = zero.make(self.stages, mesh, config.parallel.zero, bucket_bytes)
         self.pieces = self.sharded.pieces()
         self.optimizer = make_optimizer(self.pieces, config.optimizer)
         self.scale = LossScale(enabled=config.train.dtype == "float16")

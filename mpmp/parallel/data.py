@@ -214,7 +214,7 @@ class GradientBuckets:
 
 
 def replicated_buckets(
-    chunks: Sequence[nn.Module], mesh: Mesh, bucket_bytes: float
+    chunks: Sequence[nn.Module], mesh: Mesh, bucket_bytes: float | None = None
 ) -> list[Bucket]:
     """Buckets for all parameters of a rank's chunks, whose sums every rank keeps whole."""
     used = users(chunks)

@@ -187,7 +187,9 @@ class Sharded(GradientBuckets):
         return sum(bucket.flat.sent for bucket in self.buckets)
 
 
-def make(chunks: Sequence[nn.Module], mesh: Mesh, stage: int, bucket_bytes: float) -> Sharded:
+def make(
+    chunks: Sequence[nn.Module], mesh: Mesh, stage: int, bucket_bytes: float | None
+) -> Sharded:
     """Share the parameters of a rank's chunks out as a stage of ZeRO does; 0 shares nothing."""
     used, watch = users(chunks), Watch()
     if stage == 0:
