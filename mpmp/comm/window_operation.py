@@ -102,7 +102,9 @@ class WindowOperation:
     def complete(self) -> None:
         """Wait for the others and do what is left."""
         if self._outcome != DONE and self._call is not None:
-            self.windows.finish(self._call, self.spec, self._outcome)
+            call, self._call = self._call, None  # gone, where it ends half-way
+            self.windows.finish(call, self.spec, self._outcome)
+            self._call = call
         elif self._outcome != DONE:  # each by itself, in the lane of the group
             (at, start), windows = self._places, self.windows
             windows.follow(
