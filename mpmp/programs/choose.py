@@ -24,6 +24,7 @@ from mpmp.programs.windows import WindowAlgorithm
 
 KIB = 1024
 _ONE_SHOT = 4 * KIB  # read by each rank: n bytes of every rank
+_ONE_SHOT_IN_SLOTS = 128 * KIB  # above, a wait more costs less than reading all
 _SHORT_ALLREDUCE = 2 * KIB
 # Between hosts a chunk of this length travels longer than a latency. Rounds of a ring are equal:
 # two that are under way on one link take turns and hide each other's latencies.
@@ -77,6 +78,11 @@ def choose(
             return choice
     algorithm, reason = _default(collective, size, nbytes, hosts, shared, order, even)
     return Choice(algorithm, f"built-in default: {reason}")
+
+
+def through_slots(size: int, nbytes: int) -> str:
+    """The allreduce of tensors in memory that the other ranks cannot reach."""
+    return "one_shot" if nbytes * size <= _ONE_SHOT_IN_SLOTS else "two_shot"
 
 
 def _legal(
