@@ -1,6 +1,8 @@
 """Train a model on all ranks: ``mpirun -n N python -m mpmp.train``.
 
 A language model on text, or with --task tagging BERT on words and their tags in CoNLL files.
+``--dry-run`` trains nothing: it builds the layout of a world in one process (``--ranks N``;
+omitted: the ranks that the axes make) and shows the parameters, memory and bytes sent of each rank.
 """
 
 from __future__ import annotations
@@ -9,16 +11,47 @@ import sys
 
 from mpmp import commands
 from mpmp.config import TASKS, Config
+from mpmp.errors import ConfigError
 
 
 def main() -> None:
     """Parse the command line, then train; MPI is imported only in between."""
-    config = commands.parse("mpmp.train", __doc__ or "", Config(), sys.argv[1:], TASKS)
+    with commands.guarded():
+        dry, ranks, arguments = _take_own(sys.argv[1:])
+    config = commands.parse("mpmp.train", __doc__ or "", Config(), arguments, TASKS)
+    if dry:
+        with commands.guarded():
+            from mpmp.job.dry_run import dry_run
+
+            dry_run(config, ranks)
+        return
     with commands.guarded():
         from mpmp.comm import ending
         from mpmp.job.run import train
 
     ending.run(lambda: train(config))
+
+
+def _take_own(arguments: list[str]) -> tuple[bool, int | None, list[str]]:
+    """Whether this is a dry run, of how many ranks, and the other arguments."""
+    dry, ranks, rest = False, None, list[str]()
+    words = list(arguments)
+    while words:
+        word, _, value = words.pop(0).partition("=")
+        if word in ("--dry-run", "--dry_run") and not value:
+            dry = True
+        elif word == "--ranks":
+            value = value or (words.pop(0) if words else "")
+            if not value.isdecimal() or int(value) < 1:
+                raise ConfigError(f"--ranks needs a number of ranks, not {value!r}")
+            ranks = int(value)
+        else:
+            rest.append(word + ("=" + value if _ else ""))
+    if ranks is not None and not dry:
+        raise ConfigError(
+            "--ranks goes with --dry-run; the ranks of a run are those that mpirun starts"
+        )
+    return dry, ranks, rest
 
 
 if __name__ == "__main__":

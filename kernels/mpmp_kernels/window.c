@@ -16,7 +16,7 @@
 enum { FLOAT32, BFLOAT16, FLOAT64, FLOAT16, INT64, INT32, NUM_KERNELS, OTHER = NUM_KERNELS };
 enum { LOAD, PUBLISH, AWAIT, COMBINE, COPY };
 enum { DONE, WAITING, COMBINE_ELSEWHERE, NOT_ALIKE, NOT_ALL_IN_WINDOWS };
-enum { ALL = -2, RESULT = -3 };
+enum { ALL = -2, RESULT = -3, RESULT_AND_SLOT = -4 };
 
 /* --- copies ---------------------------------------------------------------------------------- */
 
@@ -56,9 +56,8 @@ static inline void finish_copies(void) {
 }
 
 enum {
-    LOAD_PAST_CACHE = 2048,       /* bytes from which a slot is loaded past the cache */
-    PUBLISH_PAST_CACHE = 1 << 22, /* bytes from which a sum is published past the cache */
-    IN_TURNS = 256                /* elements that are summed before as many are loaded, and so on */
+    SLOT_PAST_CACHE = 2048,       /* bytes from which a slot is filled past the cache */
+    PUBLISH_PAST_CACHE = 1 << 22 /* bytes from which a sum is published past the cache */
 };
 
 /* --- the sum-and-publish kernels -------------------------------------------------------------- */
@@ -83,13 +82,13 @@ static inline uint16_t to_bfloat16(float value) {
 
 /* Sums in the order of the sources, in ACC, rounded once. Sources may be the targets themselves, at
  * the same place: each element is read everywhere before it is written anywhere, which is what
- * `ivdep` promises to the compiler. Two sources, the commonest case, need no block. */
+ * `ivdep` promises to the compiler. Two sources, the commonest case, need no block. All targets but
+ * `near` are stored past the cache, none where it is -1. */
 #define SUM_KERNEL(NAME, T, ACC, QUOTIENT, FROM, TO)                                                 \
     static void NAME(int64_t n, int64_t num_sources, const T **sources, int64_t num_targets,         \
                      T **targets, double divide, int64_t near) {                                     \
         ACC by = (ACC)divide;                                                                        \
-        int far = near >= 0 && n * (int64_t)sizeof(T) >= PUBLISH_PAST_CACHE;                         \
-        if (num_sources == 2 && num_targets == 2 && by == 1 && !far) {                               \
+        if (num_sources == 2 && num_targets == 2 && by == 1 && near < 0) {                              \
             const T *a = sources[0], *b = sources[1];                                                \
             T *c = targets[0], *d = targets[1];                                                      \
             _Pragma("GCC ivdep") for (int64_t i = 0; i < n; i++) {                                   \
@@ -120,13 +119,12 @@ ACC sums[BLOCK];                                                                
                 sum = (const char *)rounded;                                                         \
             }                                                                                        \
             for (int64_t t = 0; t < num_targets; t++) {                                              \
-                if (far && t != near)                                                                \
+                if (near >= 0 && t != near)                                                          \
                     copy_past_cache((char *)(targets[t] + start), sum, (size_t)m * sizeof(T));       \
                 else                                                                                 \
                     memcpy(targets[t] + start, sum, (size_t)m * sizeof(T));                          \
             }                                                                                        \
         }                                                                                            \
-        if (far) finish_copies();                                                                    \
     }
 
 SUM_KERNEL(sum_float32, float, float, float, AS_IT_IS, AS_IT_IS)
@@ -141,12 +139,16 @@ SUM_KERNEL(sum_float16, _Float16, float, float, (float), (_Float16))
 #endif
 
 /* The elementwise sum of `sources`, in their order, divided by `divide`, stored to all `targets`;
- * `near` is the target that this core reads next, -1 where it may be any of them. Returns 0, or 1
- * where this machine has no kernel for the dtype. */
-int mpmp_sum_publish(int64_t dtype, int64_t n, int64_t num_sources, void **sources, int64_t num_targets,
-                     void **targets, double divide, int64_t near) {
+ * `near` is the target that this core reads next, -1 where it may be any of them: targets of
+ * `past_cache` bytes and more are stored past the cache, but for the near one. Returns 0, or 1 where
+ * this machine has no kernel for the dtype. */
+static int sum(int64_t dtype, int64_t n, int64_t num_sources, void **sources, int64_t num_targets,
+               void **targets, double divide, int64_t near, int64_t past_cache) {
 #define CASE(DTYPE, NAME, T)                                                                         \
-    case DTYPE: NAME(n, num_sources, (const T **)sources, num_targets, (T **)targets, divide, near); return 0
+    case DTYPE:                                                                                      \
+        if (n * (int64_t)sizeof(T) < past_cache) near = -1;                                          \
+        NAME(n, num_sources, (const T **)sources, num_targets, (T **)targets, divide, near);         \
+        break
     switch (dtype) {
         CASE(FLOAT32, sum_float32, float);
         CASE(FLOAT64, sum_float64, double);
@@ -156,8 +158,16 @@ int mpmp_sum_publish(int64_t dtype, int64_t n, int64_t num_sources, void **sourc
 #ifdef __FLT16_MAX__
         CASE(FLOAT16, sum_float16, _Float16);
 #endif
+        default: return 1;
     }
-    return 1;
+    if (near >= 0) finish_copies();
+    return 0;
+}
+
+/* The same where the targets are windows, which fit into the caches unless they are very long. */
+int mpmp_sum_publish(int64_t dtype, int64_t n, int64_t num_sources, void **sources, int64_t num_targets,
+                     void **targets, double divide, int64_t near) {
+    return sum(dtype, n, num_sources, sources, num_targets, targets, divide, near, PUBLISH_PAST_CACHE);
 }
 
 /* --- steps over shared memory ----------------------------------------------------------------- */
@@ -180,9 +190,9 @@ struct lane {
     uint64_t turn;       /* number of the operation under way */
 };
 
-/* Elements [start, start + count) of every buffer. */
+/* `count` elements from `place` on of every buffer, from `start` on of input and result. */
 struct step {
-    int64_t kind, source, target, start, count;
+    int64_t kind, source, target, start, place, count;
 };
 
 struct call {
@@ -194,9 +204,9 @@ struct call {
     int64_t offset;   /* of this rank's buffer, or first slot, in its own share, or -1 */
     int64_t slot_bytes; /* of each of two slots, through which pieces pass in turns; 0: no slots */
     char *input;      /* what LOAD copies into this rank's slots */
-    char *result;     /* this rank's private memory that RESULT means */
+    char *result;     /* this rank's private memory that RESULT means; may be the input */
     char **buffers;   /* room for the address of everybody's buffer; filled when all have arrived */
-    void **pointers;  /* room for 2 x size pointers */
+    void **pointers;  /* room for 2 x size + 1 pointers */
     int64_t at, published, awaited, met; /* how far it has come; zero between two runs */
     int64_t stranger;                    /* whose signature is another */
 };
@@ -247,18 +257,18 @@ static void end(struct call *call) {
     call->at = call->published = call->awaited = call->met = 0;
 }
 
-/* Elements [from, from + count) of a step, after as many publications. A slot holds one piece, from
- * its beginning on; what is loaded goes to the slot whose turn it is, and each publication turns. */
-static int64_t place(const struct call *call, const struct step *step, int64_t from, int64_t published) {
-    if (!call->slot_bytes) return (step->start + from) * call->itemsize;
-    return (int64_t)((call->lane->base + (uint64_t)published) & 1) * call->slot_bytes + from * call->itemsize;
+/* Where in a buffer a step's elements lie after as many publications: in the slot whose turn it then
+ * is, or, without slots, in the one place that there is. */
+static int64_t place(const struct call *call, const struct step *step, int64_t published) {
+    int64_t turn = (int64_t)((call->lane->base + (uint64_t)published) & 1);
+    return turn * call->slot_bytes + step->place * call->itemsize;
 }
 
-static int combine(struct call *call, const struct step *step, int64_t from, int64_t count) {
+static int combine(struct call *call, const struct step *step) {
     struct lane *lane = call->lane;
     void **sources = call->pointers, **targets = call->pointers + lane->size;
-    int64_t own = (step->start + from) * call->itemsize, there = place(call, step, from, call->published - 1);
-    int64_t near = step->target == ALL ? lane->rank : -1, num_sources = 0, num_targets = 0;
+    int64_t own = step->start * call->itemsize, there = place(call, step, call->published - 1);
+    int64_t num_sources = 0, num_targets = 0;
     for (int64_t rank = 0; rank < lane->size; rank++) {
         char *at = call->buffers[rank] + there;
         /* What this rank has loaded it reads where it was: its slot was filled past the cache. */
@@ -266,39 +276,30 @@ static int combine(struct call *call, const struct step *step, int64_t from, int
         if (step->source == ALL || step->source == rank) sources[num_sources++] = at;
         if (step->target == ALL || step->target == rank) targets[num_targets++] = at;
     }
-    if (step->target == RESULT) targets[num_targets++] = call->result + own;
+    if (step->target == RESULT || step->target == RESULT_AND_SLOT) targets[num_targets++] = call->result + own;
+    if (step->target == RESULT_AND_SLOT)
+        targets[num_targets++] = call->buffers[lane->rank] + place(call, step, call->published);
     if (step->kind == COPY) {
         for (int64_t t = 0; t < num_targets; t++)
-            if (targets[t] != sources[0]) memcpy(targets[t], sources[0], (size_t)(count * call->itemsize));
+            if (targets[t] != sources[0]) memcpy(targets[t], sources[0], (size_t)(step->count * call->itemsize));
         return 0;
     }
-    return mpmp_sum_publish(call->dtype, count, num_sources, sources, num_targets, targets, call->divide, near);
+    int64_t near = step->target == ALL ? lane->rank : step->target == RESULT_AND_SLOT ? 0 : -1;
+    int64_t past_cache = call->slot_bytes ? SLOT_PAST_CACHE : PUBLISH_PAST_CACHE;
+    return sum(call->dtype, step->count, num_sources, sources, num_targets, targets, call->divide, near, past_cache);
 }
 
 /* This rank's input into the slot whose turn it is. */
-static void load(const struct call *call, const struct step *step, int64_t from, int64_t count) {
-    char *slot = call->lane->shares[call->lane->rank] + call->offset + place(call, step, from, call->published);
-    const char *input = call->input + (step->start + from) * call->itemsize;
-    if (step->count * call->itemsize < LOAD_PAST_CACHE)
-        memcpy(slot, input, (size_t)(count * call->itemsize));
-    else
-        copy_past_cache(slot, input, (size_t)(count * call->itemsize));
-}
-
-static inline int64_t left(const struct step *step, int64_t done) {
-    int64_t count = step->count - done;
-    return count < 0 ? 0 : count < IN_TURNS ? count : IN_TURNS;
-}
-
-/* A sum and the load after it, a little of each in turns: the one waits for memory to be read, the
- * other for memory to be written, and together they take little longer than the sum alone. */
-static int combine_and_load(struct call *call, const struct step *sum, const struct step *next) {
-    for (int64_t done = 0; done < sum->count || done < next->count; done += IN_TURNS) {
-        if (done < sum->count && combine(call, sum, done, left(sum, done))) return COMBINE_ELSEWHERE;
-        if (done < next->count) load(call, next, done, left(next, done));
+static void load(const struct call *call, const struct step *step) {
+    char *slot = call->lane->shares[call->lane->rank] + call->offset + place(call, step, call->published);
+    const char *input = call->input + step->start * call->itemsize;
+    size_t nbytes = (size_t)(step->count * call->itemsize);
+    if (nbytes < SLOT_PAST_CACHE) {
+        memcpy(slot, input, nbytes);
+    } else {
+        copy_past_cache(slot, input, nbytes);
+        finish_copies();
     }
-    finish_copies();
-    return DONE;
 }
 
 /* Carry out steps until the end (DONE), or until somebody is late for more than `spins` spins and
@@ -312,8 +313,7 @@ int mpmp_run(struct call *call, int64_t spins, int64_t yields) {
         const struct step *step = &call->steps[call->at];
         switch (step->kind) {
         case LOAD:
-            load(call, step, 0, step->count);
-            finish_copies();
+            load(call, step);
             break;
         case PUBLISH:
             if (call->published++ == 0) {
@@ -337,13 +337,7 @@ int mpmp_run(struct call *call, int64_t spins, int64_t yields) {
             }
             break;
         default:
-            if (step->count == 0) break;
-            if (call->at + 1 < call->num_steps && step[1].kind == LOAD) {
-                if (combine_and_load(call, step, step + 1)) return COMBINE_ELSEWHERE;
-                call->at++;
-            } else if (combine(call, step, 0, step->count)) {
-                return COMBINE_ELSEWHERE;
-            }
+            if (step->count > 0 && combine(call, step)) return COMBINE_ELSEWHERE;
         }
     }
     end(call);

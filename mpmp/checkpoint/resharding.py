@@ -173,7 +173,9 @@ def _pieces(mesh: Mesh, settings: _Settings) -> list[zero.Piece]:
                     tags=settings.tags,
                 )
             )
-        return zero.make(made, mesh, mesh.zero, parallel.bucket_mb * 1e6).pieces()
+        bucket_mb = parallel.bucket_mb
+        bucket_bytes = None if bucket_mb is None else bucket_mb * 1e6
+        return zero.make(made, mesh, mesh.zero, bucket_bytes).pieces()
 
 
 def _holdings(mesh: Mesh, settings: _Settings, found: Manifest) -> list[Holding]:

@@ -67,9 +67,7 @@ def kind_of(name: str, tensor: Tensor) -> Kind:
     return tensor.dtype, tuple(tensor.shape)
 
 
-def lay_out(
-    tensors: Mapping[str, Kind], metadata: Mapping[str, str]
-) -> tuple[bytes, list[Entry]]:
+def lay_out(tensors: Mapping[str, Kind], metadata: Mapping[str, str]) -> tuple[bytes, list[Entry]]:
     """The header of a file of such tensors, and where each of them lies, in the file's order."""
     said: dict[str, Any] = {_METADATA: {"format": "pt", **metadata}}
     entries: list[Entry] = []

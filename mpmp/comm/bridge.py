@@ -34,9 +34,6 @@ if TYPE_CHECKING:
     from mpmp.comm.group import Group
 
 WINDOW = "window"
-RING_CHUNK_BYTES = 64 * 1024
-"""From here on a chunk travels longer than a latency: the rings of a host's ranks, which share its
-link, hide one another's latencies, and the link is never idle. Below it rounds count."""
 
 
 class Bridge:
@@ -79,7 +76,7 @@ class Bridge:
         lengths, first, end = self.place(x.numel())
         piece, op = result[first:end], inner(reduction)
         inside.reduce_scatter(x, op, WINDOW, out=piece)
-        between.allreduce(piece, op, self.by_messages(piece.nbytes), out=piece)
+        between.allreduce(piece, op, out=piece)
         reduction.finish(piece, self.now.comm.size)
         inside.allgather(piece, lengths, WINDOW, out=result)
 
@@ -92,10 +89,6 @@ class Bridge:
         """Elements of the pieces of a host's ranks; where this rank's begins and ends."""
         cuts = partition(total, self._at.most)
         return [stop - start for start, stop in cuts], *cuts[self._at.place]
-
-    def by_messages(self, nbytes: int) -> str | None:
-        """The algorithm between the hosts for a piece; None: the automatic choice."""
-        return "ring" if nbytes >= RING_CHUNK_BYTES * self._at.number else None
 
     def free(self) -> None:
         """Give the communicators back; all ranks of the group together."""
@@ -163,11 +156,10 @@ class Bridged:
             if windows is None or windows.shares.offset(self._x) < 0:
                 self._buffer = inside.empty((self._x.numel(),), self._x.dtype)
             whole, piece, op = self._buffer, self._buffer[first:end], inner(self._reduction)
-            name = self._bridge.by_messages(piece.nbytes)
             self._piece = piece
             self._parts = (
                 inside.prepare("reduce_scatter", whole, op=op, lengths=lengths, algorithm=WINDOW),
-                between.prepare("allreduce", piece, op=op, algorithm=name),
+                between.prepare("allreduce", piece, op=op),
                 inside.prepare("allgather", whole, lengths=lengths, algorithm=WINDOW),
             )
         return self._parts

@@ -51,7 +51,7 @@ class DeviceWindows:
         self.pool, self.card = pool, pool.card
         self.behind: DeviceWindows | None = None
         """The same on the communicator of what ``progress`` drives."""
-        self.progress = Progress(threaded=False)
+        self.progress = Progress(world.until, threaded=False)
         self._blocks: list[list[int]] = [[] for _ in ranks]  # every rank's, by their addresses here
         self._slot: Tensor | None = None
         self._signatures: dict[tuple[Spec, torch.dtype], int] = {}

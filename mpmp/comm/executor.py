@@ -33,15 +33,21 @@ __all__ = ["PROGRAM_TAG", "Executor"]
 class Executor:
     """Plans and operations of one group on one communicator of its own.
 
-    Its operations run one after another.
+    Its operations run one after another, or, in ``lanes``, that many side by side.
     """
 
     MOST_PLANS, MOST_SLOTS = 256, 64
 
     def __init__(
-        self, world: World, comm: MPI.Intracomm, ranks: tuple[int, ...], name: str
+        self,
+        world: World,
+        comm: MPI.Intracomm,
+        ranks: tuple[int, ...],
+        name: str,
+        lanes: int = 1,
     ) -> None:
         self.world, self.comm, self.ranks, self.name = world, comm, ranks, name
+        self._lanes, self._num_bound = lanes, 0
         self.spent_s = 0.0
         """Seconds this rank has spent in what it waited for at once."""
         self.broken: list[Operation] = []
@@ -54,7 +60,7 @@ class Executor:
         self._slots: OrderedDict[Hashable, Operation] = OrderedDict()
         self._bound: set[Operation] = set()
         self._let_go: deque[Operation] = deque()
-        self._scratch: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        self._scratch: dict[Hashable, Tensor] = {}
 
     def plan(self, spec: Spec) -> Plan:
         """The plan of a spec, made and agreed on at first use, kept while it is in use."""
@@ -86,13 +92,17 @@ class Executor:
         return slot
 
     def bind(self, plan: Plan, buffer: Tensor, reduction: Reduction) -> Operation:
-        """A plan on the caller's buffer (one dim, ``plan.length`` elements), until it is let go."""
+        """A plan on the caller's buffer (one dim, ``plan.length`` elements), until it is let go.
+
+        Lanes are taken in turns; all ranks bind in the same order, so theirs are the same.
+        """
         while self._let_go:
             operation = self._let_go.popleft()
             self._bound.discard(operation)
             operation.free()
         self.require_whole()
-        operation = Operation(plan, buffer, reduction, self)
+        operation = Operation(plan, buffer, reduction, self, self._num_bound % self._lanes)
+        self._num_bound += 1
         self._bound.add(operation)
         return operation
 
@@ -119,9 +129,9 @@ class Executor:
                 "ranks cannot exchange messages again"
             )
 
-    def scratch(self, length: int, like: Tensor) -> Tensor:
-        """Memory for what arrives; what was given before stays valid."""
-        key = like.dtype, like.device
+    def scratch(self, length: int, like: Tensor, lane: int) -> Tensor:
+        """Memory for what arrives in a lane; what was given before stays valid."""
+        key = like.dtype, like.device, lane
         if key not in self._scratch or self._scratch[key].numel() < length:
             self._scratch[key] = like.new_empty(length)
         return self._scratch[key]

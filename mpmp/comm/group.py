@@ -194,16 +194,21 @@ class Group(Carrier):
         send_lengths: Sequence[int] | None = None,
         algorithm: str | None = None,
         out: Tensor | None = None,
+        take_lengths: Sequence[int] | None = None,
     ) -> Tensor:
         """The rows that every rank has for this one, one after the other.
 
         ``x`` is (N, ...): its first rows go to rank 0, the next ones to rank 1 ... Without
         ``send_lengths`` (rows for each rank, which may differ) all get the same number of rows.
+        Ranks that know what each has for them say so by ``take_lengths``, all or none of them: then
+        no counts are exchanged first.
         """
         flat, (rows, row) = admit(x), rows_of(x)
         if send_lengths is not None:
             lengths = lengths_for("alltoall", send_lengths, self.size, rows)
-            return alltoall_uneven(self, x, lengths, algorithm, out)
+            if take_lengths is not None:
+                take_lengths = lengths_for("alltoall", take_lengths, self.size, None)
+            return alltoall_uneven(self, x, lengths, take_lengths, algorithm, out)
         if rows % self.size:
             raise TensorError(
                 f"{rows} rows cannot be shared out evenly over {self.size} ranks; say with "
@@ -220,6 +225,11 @@ class Group(Carrier):
         note = torch.zeros(1, dtype=torch.uint8)
         asked = self._spec("barrier", (1,), note, None, algorithm, None, "any")
         self._carry_out(*asked, note, 0, note, 0)
+
+    def numbers(self, own: Sequence[int]) -> list[list[int]]:
+        """Every rank's integers, in the order of the ranks; all bring as many."""
+        found: list[list[int]] = self.allgather(torch.tensor([list(own)])).tolist()
+        return found
 
     # --- prepared ---------------------------------------------------------------------------------
 

@@ -48,8 +48,8 @@ def kernels() -> ctypes.CDLL | None:
         return build.library()
     except build.BuildError as error:
         warnings.warn(
-            f"sums in shared memory run in plain torch, several times slower, because {error}; "
-            "install a C compiler",
+            "sums in shared memory and parts of layers run in plain torch, several times slower, "
+            f"because {error}; install a C compiler",
             RuntimeWarning,
             stacklevel=2,
         )

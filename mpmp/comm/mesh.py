@@ -23,7 +23,7 @@ from mpmp.comm.bridge import Bridge
 from mpmp.comm.executor import Executor
 from mpmp.comm.group import Group
 from mpmp.comm.mpi import MPI
-from mpmp.comm.progress import Progress
+from mpmp.comm.progress import LANES, Progress
 from mpmp.comm.window import Windows
 from mpmp.comm.world import World
 from mpmp.config import AXES, Comm, layout_name
@@ -121,7 +121,7 @@ class Mesh:
         _say_whether_shared(world, settings)
         table = None if settings.table is None else read_table(settings.table, world)
         hosts = _hosts(world)
-        progress = Progress(world.overlap)
+        progress = Progress(world.until, world.overlap)
 
         def made(comm: MPI.Comm, name: str, chosen: Comm) -> Group:
             """The group of a communicator's ranks, in the same order."""
@@ -130,7 +130,7 @@ class Mesh:
             # One communicator a purpose: operations that are waited for at once, and operations
             # that a thread drives meanwhile, must not take each other's messages.
             now = Executor(world, comm, ranks, name)
-            started = Executor(world, comm.Dup(), ranks, f"{name} (started)")
+            started = Executor(world, comm.Dup(), ranks, f"{name} (started)", LANES)
             there = _numbered([hosts[rank] for rank in ranks])
             found = Group(now, started, progress, chosen, there, table)
             found.share(*windows_of(found, now, chosen))
@@ -188,7 +188,7 @@ class Mesh:
     @classmethod
     def single(cls, world: World) -> Mesh:
         """A mesh of this rank alone: the whole model in one process."""
-        progress = Progress(False)
+        progress = Progress(world.until, False)
 
         def alone(name: str) -> Group:
             executor = Executor(world, MPI.COMM_SELF, (world.rank,), name)

@@ -6,7 +6,7 @@ the bytes that are expected. A run starts requests, waits, combines.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -16,35 +16,44 @@ from torch import Tensor
 from mpmp.comm.buffer import as_bytes
 from mpmp.comm.mpi import MPI
 from mpmp.comm.plan import DEPTH, Exchange, Piece, Plan, Put, Wave
+from mpmp.comm.progress import Course
 from mpmp.comm.reductions import Reduction
+from mpmp.comm.world import unfinished
 from mpmp.errors import TensorError
 
 if TYPE_CHECKING:
     from mpmp.comm.executor import Executor
 
 PROGRAM_TAG = 32767
-"""Tag of all messages of programs, the highest that every MPI has; Transfer keeps below it."""
+"""Tag of the messages of programs, the highest that every MPI has; Transfer keeps below it. Where
+operations run side by side each of their lanes has a tag of its own, counted down from here."""
 
 
 class Operation:
     """A plan bound to one buffer; ``run`` may be called again and again.
 
-    Operations of one executor run one after another, so they may share the scratch.
+    Operations of one lane run one after another, so they may share tag and scratch.
     """
 
     def __init__(
-        self, plan: Plan, buffer: Tensor, reduction: Reduction, executor: Executor
+        self, plan: Plan, buffer: Tensor, reduction: Reduction, executor: Executor, lane: int = 0
     ) -> None:
         self.plan, self.buffer, self.executor = plan, buffer, executor
+        self.lane, self._tag = (executor, lane), PROGRAM_TAG - lane
         self._combine = reduction.combine
-        self._scratch = executor.scratch(plan.scratch_length, buffer)
+        self._scratch = executor.scratch(plan.scratch_length, buffer, lane)
         self._types: list[MPI.Datatype] = []
         self._rounds = [
             [_Bound(self, exchange, wave) for wave in exchange.waves] for exchange in plan.exchanges
         ]
 
-    def run(self, *, background: bool = False) -> None:
+    def run(self) -> None:
         """Carry the rounds out."""
+        for wave in self.course():
+            wave.wait()
+
+    def course(self) -> Course:
+        """The rounds, carried out by who goes on after each wave only when all of it is there."""
         self.executor.require_whole()
         try:
             for waves in self._rounds:
@@ -52,7 +61,8 @@ class Operation:
                 for wave in waves[:DEPTH]:
                     wave.start()
                 for number, wave in enumerate(waves):
-                    wave.finish(background)
+                    yield wave
+                    wave.put()
                     if number + DEPTH < len(waves):
                         self._settle()
                         waves[number + DEPTH].start()
@@ -77,11 +87,11 @@ class Operation:
         post = comm.Send_init if piece.sends else comm.Recv_init
         if piece.scratch is not None:
             memory = self._scratch[piece.scratch : piece.scratch + piece.length]
-            return post(as_bytes(memory), piece.peer, PROGRAM_TAG)
+            return post(as_bytes(memory), piece.peer, self._tag)
         if len(piece.spans) == 1:
             start, stop = piece.spans[0]
-            return post(as_bytes(self.buffer[start:stop]), piece.peer, PROGRAM_TAG)
-        return post([as_bytes(self.buffer)[0], 1, self._scattered(piece)], piece.peer, PROGRAM_TAG)
+            return post(as_bytes(self.buffer[start:stop]), piece.peer, self._tag)
+        return post([as_bytes(self.buffer)[0], 1, self._scattered(piece)], piece.peer, self._tag)
 
     def put(self, put: Put) -> list[Callable[[], object]]:
         """The calls that put what arrived into the buffer."""
@@ -116,7 +126,7 @@ class Operation:
 class _Bound:
     """A wave with its requests and all that a run of it needs."""
 
-    __slots__ = ("_describe", "_expected", "_operation", "_peers", "_pieces", "_puts", "_statuses",
+    __slots__ = ("_expected", "_operation", "_peers", "_pieces", "_puts", "_statuses", "describe",
                  "requests")  # fmt: skip
 
     def __init__(self, operation: Operation, exchange: Exchange, wave: Wave) -> None:
@@ -131,26 +141,35 @@ class _Bound:
             if not piece.sends
         ]
         self._puts = [call for put in wave.puts for call in operation.put(put)]
-        self._describe = partial(_describe, operation, exchange, wave)
+        self.describe = partial(_describe, operation, exchange, wave)
 
     def start(self) -> None:
         if self._operation.executor.world.trace:
-            _trace(self._describe.args[0], self._describe.args[1].number, self._pieces)
+            _trace(self.describe.args[0], self.describe.args[1].number, self._pieces)
         MPI.Prequest.Startall(self.requests)
 
-    def finish(self, background: bool) -> None:
+    def arrived(self) -> bool:
+        return self._operation.executor.world.test(self.requests, self.describe, self._statuses)
+
+    def wait(self, *, background: bool = False) -> None:
         self._operation.executor.world.wait(
             self.requests,
-            self._describe,
+            self.describe,
             peers=self._peers,
             statuses=self._statuses,
             background=background,
         )
+
+    def missing(self) -> Iterator[int]:
+        return unfinished(self.requests, self._peers)
+
+    def put(self) -> None:
+        """Put what has arrived into the buffer."""
         for status, expected in self._expected:
             # MPI takes a message that is too short without a word, and leaves old bytes behind.
             if status.count != expected:
                 raise TensorError(
-                    f"{self._describe()} sent {status.count} B where this rank expects "
+                    f"{self.describe()} sent {status.count} B where this rank expects "
                     f"{expected} B; all ranks must make the same calls with the same shapes"
                 )
         for put in self._puts:

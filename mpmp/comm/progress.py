@@ -1,21 +1,32 @@
 """Progress: one thread that drives started operations while the rank computes.
 
+    started   0  1  2  3  4  5
+    lane 0    |--- 0 ---|-- 2 --|--- 4      LANES operations are under way at once: while one of
+    lane 1      |--- 1 ---|--- 3 ---|-- 5   them waits for a latency another one fills the link
+
 MPI moves nothing by itself between two calls, so an operation that was merely started would wait
-for its ``wait``. The thread carries it out, and while it waits for a message it asks MPI and naps
-in between: 0.1 ms at first, then a quarter of what it has waited, 4 ms at most, so that a long wait
-is prolonged by a quarter at the worst and costs the computation next to nothing. The thread needs
-Python's lock for some microseconds each time; a kernel of torch that runs meanwhile has let go of
-it. Operations run one after the other in the order in which they were started, which must be
-the same on all ranks of a group.
+for its ``wait``. The thread carries it out, and while nothing arrives it asks MPI and naps in
+between: half of what such a wait has usually taken, or a quarter of what this one has; between
+0.1 ms and 1 ms, for some libraries take no more than 64 KiB from a connection each time they are
+asked. What one operation is late by the other hides. Once somebody waits there is no computation
+to spare, and naps stay short. The thread needs Python's lock for some microseconds each time; a
+kernel of torch that runs meanwhile has let go of it.
+
+Operations begin in the order in which they were started, which must be the same on all ranks of a
+group; those of one lane follow one another.
 """
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Generator, Hashable, Iterator
 from typing import Protocol
+
+LANES = 2
+"""Operations under way at once."""
+SHORT_NAP_S, LONG_NAP_S = 100e-6, 1e-3
 
 
 class Handle(Protocol):
@@ -24,29 +35,66 @@ class Handle(Protocol):
     def wait(self) -> float: ...
 
 
-class Task:
-    """An operation in the queue of the progress thread."""
+class Wait(Protocol):
+    """What an operation waits for before it goes on."""
 
-    def __init__(self, work: Callable[[], None], drive: Callable[[], bool] | None) -> None:
-        self._work, self._drive = work, drive
+    def arrived(self) -> bool:
+        """Whether it is there; asked until it is, and no more."""
+        ...
+
+    def wait(self, *, background: bool = False) -> None:
+        """Return when it is there."""
+        ...
+
+    def describe(self) -> str: ...
+
+    def missing(self) -> Iterator[int]:
+        """The ranks of the world that have yet to do something."""
+        ...
+
+
+Course = Generator[Wait, None, None]
+"""An operation as it is carried out: it goes on when what it yields is there."""
+
+
+class Task:
+    """An operation under way, or on the way there. Without a lane nothing else is at its time."""
+
+    def __init__(self, progress: Progress, course: Course, lane: Hashable) -> None:
+        self._progress, self._course, self.lane = progress, course, lane
+        self.waits_for: Wait | None = None
         self._done = threading.Event()
         self._error: BaseException | None = None
 
-    def carry_out(self) -> None:
+    @property
+    def done(self) -> bool:
+        return self._done.is_set()
+
+    def go_on(self) -> bool:
+        """Whether it has come further, or to its end."""
         try:
-            self._work()
+            if self.waits_for is not None and not self.waits_for.arrived():
+                return False
+            self.waits_for = next(self._course, None)
         except BaseException as error:
-            self._error = error
+            self.fail(error)
+        if self.waits_for is None:
+            self._done.set()
+        return True
+
+    def fail(self, error: BaseException) -> None:
+        """End it with an error, which whoever waits for it will see."""
+        try:
+            self._course.throw(error)
+        except BaseException as raised:
+            self._error = raised
+        self.waits_for = None
         self._done.set()
 
     def wait(self) -> float:
         """Wait until the operation is done; the seconds it took. Raises what it raised."""
         start = time.perf_counter()
-        while self._drive is not None and not self._done.is_set():
-            self._drive()
-        # The limit on waiting is the operation's own; short waits let signal handlers run.
-        while not self._done.wait(0.5):
-            pass
+        self._progress.until_done(self)
         if self._error is not None:
             raise self._error
         return time.perf_counter() - start
@@ -56,35 +104,110 @@ class Progress:
     """The queue of started operations and the thread that works it off.
 
     Where MPI may not be called by several threads, whoever waits works it off, in the same order:
-    an operation that was started may need what this rank does before it waits.
+    an operation that was started may need what this rank does before it waits. ``until`` is the
+    world's loop of waiting.
     """
 
-    def __init__(self, threaded: bool) -> None:
-        self._queue: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
-        self._threaded = threaded
+    def __init__(self, until: Callable[..., float], threaded: bool) -> None:
+        self._until, self._threaded = until, threaded
+        self._queue: deque[Task] = deque()
+        self._under_way: list[Task] = []
+        self._awaited: set[Task] = set()
+        self._usual_s = 0.0
+        """How long the thread has lately waited until something moved."""
         self._thread: threading.Thread | None = None
+        self._bell = threading.Event()
+        """Rung when there is something to do for a thread that has nothing."""
+        self._stopping = False
 
     def start(self, work: Callable[[], None]) -> Task:
-        handle = Task(work, None if self._threaded else self._next)
-        self._queue.put(handle)
+        """Carry something out in one go, while nothing else is under way."""
+
+        def course() -> Course:
+            work()
+            yield from ()
+
+        return self.drive(course(), None)
+
+    def drive(self, course: Course, lane: Hashable) -> Task:
+        """Carry out a course, beside others that are not in its lane."""
+        task = Task(self, course, lane)
+        self._queue.append(task)
         if self._threaded and self._thread is None:
             self._thread = threading.Thread(target=self._run, name="mpmp-progress", daemon=True)
             self._thread.start()
-        return handle
+        self._bell.set()
+        return task
+
+    def until_done(self, task: Task) -> None:
+        if not self._threaded:
+            while not task.done:
+                self._turn(nap=None)
+        self._awaited.add(task)
+        # The limit on waiting is the operation's own; short waits let signal handlers run.
+        while not task._done.wait(0.5):
+            pass
+        self._awaited.discard(task)
 
     def stop(self) -> None:
         """End the thread once the queue is empty."""
         if self._thread is not None:
-            self._queue.put(None)
+            self._stopping = True
+            self._bell.set()
             self._thread.join()
-            self._thread = None
-
-    def _next(self) -> bool:
-        handle = self._queue.get()
-        if handle is not None:
-            handle.carry_out()
-        return handle is not None
+            self._thread, self._stopping = None, False
 
     def _run(self) -> None:
-        while self._next():
-            pass
+        while True:
+            if self._under_way or self._queue:
+                self._turn(self._nap)
+            elif self._stopping:
+                return
+            else:
+                self._bell.wait()
+                self._bell.clear()
+
+    def _turn(self, nap: Callable[[float], float] | None) -> None:
+        """Wait until something moves."""
+        try:
+            waited_s = self._until(self._moved, self._describe, self._missing, nap=nap)
+            self._usual_s += (waited_s - self._usual_s) / 8
+        except BaseException as error:
+            for task in self._under_way:
+                task.fail(error)
+        self._under_way = [task for task in self._under_way if not task.done]
+
+    def _moved(self) -> bool:
+        """Begin what may begin and go on with the rest; whether there was anything to do."""
+        moved = False
+        while self._queue and self._has_room(self._queue[0].lane):
+            self._under_way.append(self._queue.popleft())
+            moved |= self._under_way[-1].go_on()
+        for task in self._under_way:
+            moved |= not task.done and task.go_on()
+        return moved
+
+    def _has_room(self, lane: Hashable) -> bool:
+        """Whether an operation may begin in a lane now."""
+        others = [task.lane for task in self._under_way]
+        if lane is None or None in others:
+            return not others
+        return len(others) < LANES and lane not in others
+
+    def _nap(self, waited_s: float) -> float:
+        return SHORT_NAP_S if self._awaited else growing(max(waited_s, 2 * self._usual_s))
+
+    def _describe(self) -> str:
+        # The oldest is the one that the others may be waiting for.
+        oldest = self._under_way[0].waits_for
+        return "" if oldest is None else oldest.describe()
+
+    def _missing(self) -> Iterator[int]:
+        for task in self._under_way:
+            if task.waits_for is not None:
+                yield from task.waits_for.missing()
+
+
+def growing(waited_s: float) -> float:
+    """Seconds to nap for one that has waited so long, in the background."""
+    return max(SHORT_NAP_S, min(waited_s / 4, LONG_NAP_S))

@@ -12,7 +12,7 @@ from torch import Tensor
 from mpmp.comm.buffer import load
 from mpmp.comm.executor import Executor
 from mpmp.comm.operation import Operation
-from mpmp.comm.progress import Handle, Progress
+from mpmp.comm.progress import Course, Handle, Progress
 from mpmp.comm.reductions import Reduction
 from mpmp.comm.spec import Spec
 from mpmp.errors import TensorError
@@ -71,14 +71,15 @@ class Prepared:
         """Carry it out on what is in the memory now, in this thread."""
         now = self._executors[0]
         began = time.perf_counter()
-        self._carry_out(self._operation(now), background=False)
+        for wait in self._course(self._operation(now)):
+            wait.wait()
         now.spent_s += time.perf_counter() - began
 
     def start(self) -> Handle:
         """Start it on what is in the memory now; wait for the handle before reading there."""
         operation = self._operation(self._executors[1])
         if self._stream is None:
-            return self._progress.start(lambda: self._carry_out(operation, background=True))
+            return self._progress.drive(self._course(operation), operation.lane)
         # A blocking event: the thread sleeps until the tensor was computed, and burns no core.
         produced = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         torch.cuda.current_stream(self._x.device).record_event(produced)
@@ -86,7 +87,8 @@ class Prepared:
         def work() -> None:
             with torch.cuda.stream(self._stream):
                 produced.synchronize()
-                self._carry_out(operation, background=True)
+                for wait in self._course(operation):
+                    wait.wait(background=True)
                 # Whoever waits for the handle may read the sum on any stream.
                 torch.cuda.current_stream(self._x.device).synchronize()
 
@@ -110,12 +112,12 @@ class Prepared:
             weakref.finalize(self, executor.let_go, operation).atexit = False
         return self._operations[executor]
 
-    def _carry_out(self, operation: Operation, *, background: bool) -> None:
+    def _course(self, operation: Operation) -> Course:
         if self._buffer is not self._x:
             load(self._staged_input, self.input)
         if self.spec.collective == "alltoall":
             keep_own(self.spec, self._buffer, self._rank)
-        operation.run(background=background)
+        yield from operation.course()
         self._reduction.finish(self._result, self._size)
         if self._buffer is not self._x:
             load(self.output, self._result)

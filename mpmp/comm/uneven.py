@@ -1,4 +1,4 @@
-"""All-to-all with uneven counts: the counts are exchanged first, in one allgather.
+"""All-to-all with uneven counts: unless all know them, they are exchanged first, in one allgather.
 
     send_lengths   rank 0: 1 2    rank 0 tells rank 1 that 2 rows come. All know all counts, so
                    rank 1: 0 3    what does not fit is one error on all ranks, and nothing has to
@@ -28,16 +28,26 @@ ALGORITHM = "pairwise"
 
 
 def alltoall_uneven(
-    group: Group, x: Tensor, send_lengths: list[int], algorithm: str | None, out: Tensor | None
+    group: Group,
+    x: Tensor,
+    send_lengths: list[int],
+    take_lengths: list[int] | None,
+    algorithm: str | None,
+    out: Tensor | None,
 ) -> Tensor:
-    """The rows that every rank has for this one; ``send_lengths`` are this rank's for each."""
+    """The rows that every rank has for this one; ``send_lengths`` are this rank's for each.
+
+    ``take_lengths`` are every rank's for this one, if they are known: what comes in another length
+    is an error all the same, where it comes.
+    """
     if algorithm not in (None, "auto", ALGORITHM):
         raise ConfigError(
             f'alltoall algorithm "{algorithm}" needs the same count for every rank; with '
             f'send_lengths take "{ALGORITHM}"'
         )
     flat, (_, row) = admit(x), rows_of(x)
-    take_lengths = _exchange(group, send_lengths, row, x.dtype)
+    if take_lengths is None:
+        take_lengths = _exchange(group, send_lengths, row, x.dtype)
     result = result_for(x, (sum(take_lengths), *x.shape[1:]), out)
     ends = [n * row for n in accumulate([*send_lengths, *take_lengths])]
     spec = Spec("alltoall", ALGORITHM, x.dtype, (0, *ends))

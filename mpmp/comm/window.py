@@ -1,8 +1,8 @@
 """Windows: collectives on tensors that live in memory shared by the ranks of a host.
 
 A tensor in a share is combined where it lies; each call says where that is, so nothing has to be
-registered. Any other tensor passes through two slots, in pieces. Progress is
-made by whoever waits: ``start`` says that this rank has arrived, ``wait`` sums.
+registered. Any other tensor passes through two slots, in pieces. Progress is made by whoever
+waits: ``start`` says that this rank has arrived, ``wait`` sums.
 """
 
 from __future__ import annotations
@@ -25,14 +25,20 @@ from mpmp.comm.share import CURE, Shares
 from mpmp.comm.spec import Spec
 from mpmp.comm.window_call import AT_ONCE, DONE, NOT_ALIKE, WAITING, Patience, WindowCall
 from mpmp.comm.window_operation import Places, WindowOperation
-from mpmp.comm.window_plan import copy_spans, cut, lower, meeting, pieces, window_algorithm
+from mpmp.comm.window_plan import (
+    copy_spans,
+    cut,
+    lower,
+    meeting,
+    pieces,
+    program_in_slots,
+    window_algorithm,
+)
 from mpmp.comm.world import World
 from mpmp.errors import LaunchError, PeerError
+from mpmp.programs.windows import PIECE_BYTES
 
-SLOT_BYTES = 256 * 1024
-"""A piece of a tensor that is copied in and out: still in the cache when it is summed."""
-FEW_RANKS = 3
-"""Up to here a copied tensor is summed one-shot: reading p pieces beats copying one more."""
+SLOT_BYTES = PIECE_BYTES
 _SPINS, _YIELDS = 2000, 20
 
 
@@ -105,9 +111,15 @@ class Windows:
 
     def agree(self, spec: Spec) -> None:
         """Raise TensorError on every rank where the ranks bring different specs."""
+        self.reachable(spec, 0)
+
+    def reachable(self, spec: Spec, offset: int) -> bool:
+        """The same; whether all ranks' buffers lie in their shares: ``offset`` is this one's."""
         assert self._lane is not None
         self.settle()
-        self.finish(meeting(spec, self._lane), spec)
+        call = meeting(spec, self._lane)
+        call.place(offset)
+        return self.finish(call, spec) == DONE
 
     def carry_out(
         self, spec: Spec, reduction: Reduction, x: Tensor, at: int, result: Tensor, start: int
@@ -131,7 +143,7 @@ class Windows:
         if not result.is_inference():
             torch.autograd.graph.increment_version(result)  # autograd does not see what C stores
         # Asked of the spec, not of the tensor: all ranks must take the same way.
-        in_place &= window_algorithm(spec).slots == 1 and spec.collective != "reduce_scatter"
+        in_place &= not window_algorithm(spec).slots and spec.collective != "reduce_scatter"
         if in_place:
             offset = self.shares.offset(result)
             if offset >= 0:
@@ -148,11 +160,13 @@ class Windows:
         self, spec: Spec, reduction: Reduction, x: Tensor, at: int, result: Tensor, start: int
     ) -> None:
         """The same through the slots, for memory that the others cannot reach."""
-        few = spec.collective == "allreduce" and self.size <= FEW_RANKS
-        if few or window_algorithm(spec).slots == 2:
-            self._one_shot(spec, reduction, x, result)
-            return
         assert self._lane is not None
+        name = program_in_slots(spec, self.size)
+        if name is not None:
+            call = self._call(spec, reduction, name, pieces(spec, name, self._lane))
+            call.bind(x, result)
+            self.finish(call, spec)
+            return
         lane, slot = self._lane, self._lane.slot_bytes // spec.dtype.itemsize
         silent = spec.collective == "broadcast" and dict(spec.facts)["root"] != self.comm.rank
         for spans in cut(spec.bounds, slot):
@@ -169,13 +183,6 @@ class Windows:
             copy_spans(
                 spans, bounds, result, start, lambda piece, there: piece.copy_(there), buffer
             )
-
-    def _one_shot(self, spec: Spec, reduction: Reduction, x: Tensor, result: Tensor) -> None:
-        """All pieces in one call, which meets once; the next is loaded while one is summed."""
-        assert self._lane is not None
-        call = self._call(spec, reduction, "one_shot", pieces(spec, self._lane))
-        call.bind(x, result)
-        self.finish(call, spec)
 
     def prepare(
         self, spec: Spec, reduction: Reduction, x: Tensor, places: Places

@@ -22,15 +22,15 @@ from torch import Tensor
 
 from mpmp.comm import lane as lanes
 from mpmp.comm.lane import KERNELS, Lane
-from mpmp.programs.windows import ALL, RESULT
+from mpmp.programs.windows import ALL, RESULT, RESULT_AND_SLOT
 
 # As in window.c.
 LOAD, PUBLISH, AWAIT, COMBINE, COPY = range(5)
 DONE, WAITING, COMBINE_ELSEWHERE, NOT_ALIKE, NOT_ALL_IN_WINDOWS = range(5)
 _NO_KERNEL = len(KERNELS)
 
-Step = tuple[int, int, int, int, int]
-"""kind, source, target, first element, number of elements"""
+Step = tuple[int, int, int, int, int, int]
+"""kind, source, target, first element in input and result, and in a buffer, number of elements"""
 
 Patience = tuple[ctypes.c_int64, ctypes.c_int64]
 """How often a rank that waits looks again at once, and how often it yields the core between."""
@@ -55,7 +55,7 @@ class WindowCall:
         flat = [word for step in steps for word in step]
         self._steps = (ctypes.c_int64 * max(1, len(flat)))(*flat)
         self._buffers = (ctypes.c_uint64 * lane.size)()
-        self._pointers = (ctypes.c_uint64 * (2 * lane.size))()
+        self._pointers = (ctypes.c_uint64 * (2 * lane.size + 1))()
         self.struct = build.Call(
             lane=ctypes.pointer(lane.struct),
             steps=ctypes.addressof(self._steps),
@@ -108,16 +108,19 @@ class WindowCall:
 
     def _carry_out(self, step: Step) -> None:
         """A COMBINE or COPY on tensors over everybody's buffers."""
-        kind, source, target, start, count = step
-        first = start * self.dtype.itemsize
-        there = self._place(first, self.struct.published - 1)
+        kind, source, target, start, place, count = step
+        first, published = start * self.dtype.itemsize, self.struct.published
+        there = self._place(place, published - 1)
         buffers = [address + there for address in self._buffers]
         if self.struct.slot_bytes:  # what this rank has loaded stands where it was
             buffers[self.lane.struct.rank] = self.struct.input + first
         sources = [self._view(at, count) for r, at in enumerate(buffers) if source in (ALL, r)]
         targets = [self._view(at, count) for r, at in enumerate(buffers) if target in (ALL, r)]
-        if target == RESULT:
+        if target in (RESULT, RESULT_AND_SLOT):
             targets.append(self._view(self.struct.result + first, count))
+        if target == RESULT_AND_SLOT:
+            slot = self._buffers[self.lane.struct.rank] + self._place(place, published)
+            targets.append(self._view(slot, count))
         if kind == COPY:
             for one in targets:
                 one.copy_(sources[0])
@@ -126,10 +129,11 @@ class WindowCall:
         else:
             sum_publish(sources, targets, self._divide)
 
-    def _place(self, first: int, published: int) -> int:
-        """Where, in a buffer, that lies which has its place ``first`` bytes from the beginning."""
+    def _place(self, place: int, published: int) -> int:
+        """Bytes from the beginning of a buffer to an element, after as many publications."""
         turn: int = (self.lane.struct.base + published) & 1
-        return turn * self.struct.slot_bytes if self.struct.slot_bytes else first
+        slot_bytes: int = self.struct.slot_bytes
+        return turn * slot_bytes + place * self.dtype.itemsize
 
     def _view(self, address: int, count: int) -> Tensor:
         memory = (ctypes.c_char * (count * self.dtype.itemsize)).from_address(address)
@@ -139,13 +143,13 @@ class WindowCall:
         """``mpmp_run`` of window.c, its reference."""
         call, lane = self.struct, self.lane
         while call.at < len(self.steps):
-            kind, source, _, start, count = self.steps[call.at]
+            kind, source, _, start, place, count = self.steps[call.at]
             if kind == LOAD:
-                first, nbytes = start * call.itemsize, count * call.itemsize
-                if nbytes:  # nothing at all has no address
-                    slot = call.offset + self._place(first, call.published)
-                    share = lane.shares[lane.struct.rank]
-                    ctypes.memmove(share + slot, call.input + first, nbytes)
+                if count:  # nothing at all has no address
+                    slot = lane.shares[lane.struct.rank] + call.offset
+                    slot += self._place(place, call.published)
+                    first = call.input + start * call.itemsize
+                    ctypes.memmove(slot, first, count * call.itemsize)
             elif kind == PUBLISH:
                 self._publish()
             elif kind == AWAIT:

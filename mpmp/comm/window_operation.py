@@ -11,15 +11,8 @@ from torch import Tensor
 
 from mpmp.comm.reductions import Reduction
 from mpmp.comm.spec import Spec
-from mpmp.comm.window_call import (
-    AT_ONCE,
-    DONE,
-    NOT_ALL_IN_WINDOWS,
-    WAITING,
-    Patience,
-    WindowCall,
-)
-from mpmp.comm.window_plan import lower, pieces, window_algorithm
+from mpmp.comm.window_call import AT_ONCE, DONE, WAITING, Patience, WindowCall
+from mpmp.comm.window_plan import lower, pieces, program_in_slots, slot_bytes, window_algorithm
 from mpmp.errors import TensorError
 
 if TYPE_CHECKING:
@@ -43,19 +36,23 @@ class WindowOperation:
         self.input, self.output = x[at:end], x[start:stop]
         self._places = at, start
         self._retire: Callable[[], object] = lambda: None
-        windows.agree(spec)  # before anything of it is opened
-        in_slots = window_algorithm(spec).slots == 2
-        lane = windows.open_lane(min(spec.nbytes, windows.slot_bytes) if in_slots else 0)
+        offset = windows.shares.offset(x)
+        everywhere = windows.reachable(spec, offset)  # before anything of it is opened
+        self._in_place = everywhere and not window_algorithm(spec).slots
         self._call: WindowCall | None = None
-        if lane is not None:
-            bounds = pieces(spec, lane) if in_slots else spec.bounds
-            self._call = lower(spec, reduction, spec.algorithm, bounds, lane, windows.comm.rank)
-            if in_slots:
-                self._call.bind(x, x)
-            else:
-                self._call.place(windows.shares.offset(x))
-            self._retire = weakref.finalize(self, windows.retire, lane)
-        self._in_place = True
+        in_slots = None if self._in_place else program_in_slots(spec, windows.size)
+        if in_slots or self._in_place:
+            room = min(slot_bytes(spec, windows.size), windows.slot_bytes) if in_slots else 0
+            lane = windows.open_lane(room)
+            if lane is not None:
+                self._retire = weakref.finalize(self, windows.retire, lane)
+                name = in_slots or spec.algorithm
+                bounds = pieces(spec, name, lane) if in_slots else spec.bounds
+                self._call = lower(spec, reduction, name, bounds, lane, windows.comm.rank)
+                if in_slots:
+                    self._call.bind(x, x)
+                else:
+                    self._call.place(offset)
         self._outcome = DONE
         self._freed = False
 
@@ -104,13 +101,12 @@ class WindowOperation:
 
     def complete(self) -> None:
         """Wait for the others and do what is left."""
-        outcome, windows = self._outcome, self.windows
-        if self._call is not None and outcome != DONE:
-            outcome = windows.finish(self._call, self.spec, outcome)
-        if outcome != DONE:  # somebody's memory is out of the others' reach
-            if outcome == NOT_ALL_IN_WINDOWS:
-                self._call, self._in_place = None, False
-            at, start = self._places
+        if self._outcome != DONE and self._call is not None:
+            call, self._call = self._call, None  # gone, where it ends half-way
+            self.windows.finish(call, self.spec, self._outcome)
+            self._call = call
+        elif self._outcome != DONE:  # each by itself, in the lane of the group
+            (at, start), windows = self._places, self.windows
             windows.follow(
                 self.spec, self.reduction, self.input, at, self.output, start, self._in_place
             )

@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from mpmp.comm import ending
+from mpmp.comm import ending, memory
 from mpmp.comm.mpi import MPI
 from mpmp.comm.probe import probe, weakest
+from mpmp.comm.progress import SHORT_NAP_S, growing
 from mpmp.comm.share import Shares, open_shares
 from mpmp.errors import LaunchError, PeerError, TensorError
 from mpmp.launcher import told_local_rank, told_size
@@ -23,8 +24,7 @@ from mpmp.launcher import told_local_rank, told_size
 # a rank that waits for a long computation must leave the core to it.
 _SPINS = 20
 _YIELD_S = 0.02
-_NAP_S, _SLEEP_S = 100e-6, 1e-3
-_LONG_NAP_S = 4e-3
+_SLEEP_S = 1e-3
 _NAP_UNTIL_S = 1.0
 _LEFT_TAG = 1
 _LOOK_S = 1.0
@@ -85,8 +85,23 @@ class World:
         than its place. ``peers`` names, for each request, the ranks of the world it depends on;
         ``statuses``, one a request, are filled in.
         """
+        return self.until(
+            lambda: self.test(requests, waiting_for, statuses),
+            waiting_for,
+            lambda: unfinished(requests, peers),
+            nap=growing if background else None,
+            limit_s=limit_s,
+        )
+
+    def test(
+        self,
+        requests: Sequence[MPI.Request],
+        waiting_for: Callable[[], str],
+        statuses: list[MPI.Status] | None,
+    ) -> bool:
+        """Whether all requests are done; the errors of `wait`."""
         try:
-            return self._wait(requests, waiting_for, peers, statuses, background, limit_s)
+            return bool(MPI.Request.Testall(requests, statuses))
         except MPI.Exception as error:
             if error.Get_error_class() in (MPI.ERR_TRUNCATE, MPI.ERR_IN_STATUS):
                 raise TensorError(
@@ -97,40 +112,19 @@ class World:
                 f"MPI gave up on {waiting_for()}: {error.Get_error_string()}"
             ) from error
 
-    def _wait(
-        self,
-        requests: Sequence[MPI.Request],
-        waiting_for: Callable[[], str],
-        peers: Sequence[Sequence[int]],
-        statuses: list[MPI.Status] | None,
-        background: bool,
-        limit_s: float | None,
-    ) -> float:
-        def waited_for() -> Iterator[int]:
-            for request, possible in zip(requests, peers, strict=False):
-                if not request.Get_status():
-                    yield from possible
-
-        return self.until(
-            lambda: bool(MPI.Request.Testall(requests, statuses)),
-            waiting_for,
-            waited_for,
-            background=background,
-            limit_s=limit_s,
-        )
-
     def until(
         self,
         ready: Callable[[], bool],
         waiting_for: Callable[[], str],
         waited_for: Callable[[], Iterable[int]],
         *,
-        background: bool = False,
+        nap: Callable[[float], float] | None = None,
         limit_s: float | None = None,
     ) -> float:
         """Call ``ready`` until it holds, seconds it took; the loop and its rules are `wait`'s.
 
-        ``waited_for`` names the ranks of the world without which it cannot hold.
+        ``waited_for`` names the ranks of the world without which it cannot hold. ``nap`` says how
+        long to nap, in the background, after so many seconds.
         """
         if ready():
             return 0.0
@@ -140,18 +134,16 @@ class World:
         next_look = 2 * _LOOK_S  # what a leaver has sent arrives long before that
         while not ready():
             spins += 1
-            if spins < _SPINS and not background:
+            if spins < _SPINS and nap is None:
                 continue
-            if not background:
+            if nap is None:
                 for go_on in tuple(self.meanwhile.values()):
                     go_on()
             waited = time.perf_counter() - start
-            if waited < _YIELD_S and not background:
+            if waited < _YIELD_S and nap is None:
                 os.sched_yield()
             elif waited < _NAP_UNTIL_S:
-                # In the background naps grow with the wait: each one takes the interpreter from
-                # the computation, and a quarter of what has passed cannot be missed.
-                time.sleep(max(_NAP_S, min(waited / 4, _LONG_NAP_S)) if background else _NAP_S)
+                time.sleep(SHORT_NAP_S if nap is None else nap(waited))
             else:
                 time.sleep(_SLEEP_S)
                 if waited > limit:
@@ -191,6 +183,13 @@ class World:
         request = comm.Iallgatherv(own, [every, lengths.tolist()])
         self.wait([request], lambda: "all ranks to say something")
         return [piece.tobytes().decode() for piece in np.split(every, np.cumsum(lengths)[:-1])]
+
+
+def unfinished(requests: Sequence[MPI.Request], peers: Sequence[Sequence[int]]) -> Iterator[int]:
+    """The peers of those requests that are not done."""
+    for request, possible in zip(requests, peers, strict=False):
+        if not request.Get_status():
+            yield from possible
 
 
 _world: World | None = None
@@ -244,6 +243,7 @@ def start(device: str = "auto", limit_s: float = 600.0) -> World:
         limit_s=limit_s,
     )
     torch.set_num_threads(world.threads)
+    memory.keep_freed()
     job = world.gather_texts(f"{os.getpid()}.{time.time_ns()}")[0]
     ledger = ending.open_ledger(job)
     host_comm.Barrier()

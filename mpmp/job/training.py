@@ -60,9 +60,9 @@ class Training:
         vocabulary = vocabulary_of(config.model, objective.vocabulary)
         made = assemble(config, mesh, vocabulary, self._example, objective.tags)
         self.schedule, self.stages, self.cut = made.schedule, made.stages, made.cut
-        self.sharded = zero.make(
-            self.stages, mesh, config.parallel.zero, config.parallel.bucket_mb * 1e6
-        )
+        bucket_mb = config.parallel.bucket_mb
+        bucket_bytes = None if bucket_mb is None else bucket_mb * 1e6
+        self.sharded = zero.make(self.stages, mesh, config.parallel.zero, bucket_bytes)
         self.pieces = self.sharded.pieces()
         self.notes = begin(config, self.pieces, mesh)
         """Sentences on what the weights began from."""
@@ -82,13 +82,7 @@ class Training:
         changed then.
         """
         scale = self.scale.value
-        loss = self.pipeline.train(
-            self._microbatches(number),
-            self.objective.counted(number),
-            self.config.train.batch,
-            self.sharded,
-            scale,
-        )
+        loss = self.backward(number, self.objective.counted(number))
         norm = float(global_norm(self.pieces, self.mesh.everyone))
         total, elapsed_s, agreed = self._agree(loss)
         rate = learning_rate(self.config.optimizer, number, progress)
@@ -107,6 +101,16 @@ class Training:
         self.optimizer.step()
         self.sharded.step_done()
         return Step(total, norm / scale, rate, elapsed_s, agreed=agreed)
+
+    def backward(self, number: int, counted: int) -> Tensor:
+        """Forward and backward of a step of so many counted tokens; this rank's loss."""
+        return self.pipeline.train(
+            self._microbatches(number),
+            counted,
+            self.config.train.batch,
+            self.sharded,
+            self.scale.value,
+        )
 
     def validate(self) -> float:
         """Mean loss over the validation, nats per token, the same on every rank."""

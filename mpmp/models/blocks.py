@@ -7,7 +7,6 @@ layers (all that its context rank has, but under sequence parallelism).
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,6 +16,7 @@ from mpmp.models.attention import Attention
 from mpmp.models.norms import make_norm
 from mpmp.models.style import Style
 from mpmp.models.tokens import Tokens
+from mpmp.parallel import fused
 from mpmp.parallel.dropout import Dropout
 from mpmp.parallel.expert import Experts, Places
 from mpmp.parallel.maker import Maker
@@ -25,7 +25,7 @@ from mpmp.parallel.tensor import ColumnParallelLinear, RowParallelLinear
 STD = 0.02
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "gelu_tanh": fused.gelu_tanh,
 }
 
 
@@ -106,7 +106,8 @@ class Block(nn.Module):
         self.post_norm = style.post_norm
         self.attention: Attention | None = None
         if style.attention:
-            self.norm1 = make_norm(make, f"{name}.norm1", model, style)
+            narrow = not style.post_norm
+            self.norm1 = make_norm(make, f"{name}.norm1", model, style, narrow)
             self.attention = Attention(
                 make,
                 f"{name}.attention",
@@ -117,17 +118,19 @@ class Block(nn.Module):
                 recompute=recompute,
             )
             self.dropout1 = Dropout(model.dropout, make.seed, f"{name}.attention")
-        self.norm2 = make_norm(make, f"{name}.norm2", model, style)
+        # The router of experts is not to choose by what 16 bits rounded.
+        narrow = not (style.post_norm or model.experts)
+        self.norm2 = make_norm(make, f"{name}.norm2", model, style, narrow)
         self.mlp = _feed_forward(make, f"{name}.mlp", model, style)
         self.dropout2 = Dropout(model.dropout, make.seed, f"{name}.mlp")
 
     def forward(self, x_BuD: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
         if self.attention is not None:
             branch_BuD = self.attention(self._before(self.norm1, x_BuD), tokens)
-            x_BuD = x_BuD + tokens.drop(self.dropout1, branch_BuD)
+            x_BuD = fused.add(x_BuD, tokens.drop(self.dropout1, branch_BuD))
             x_BuD = self._behind(self.norm1, x_BuD)
         branch_BuD, added = self.mlp(self._before(self.norm2, x_BuD), tokens.places)
-        x_BuD = x_BuD + tokens.drop(self.dropout2, branch_BuD)
+        x_BuD = fused.add(x_BuD, tokens.drop(self.dropout2, branch_BuD))
         return self._behind(self.norm2, x_BuD), added
 
     def _before(self, norm: nn.Module, x_BuD: Tensor) -> Tensor:

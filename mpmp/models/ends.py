@@ -72,7 +72,9 @@ class Head(nn.Module):
         super().__init__()
         self.table = table
         width = model.width
-        self.norm = nn.Identity() if style.post_norm else make_norm(make, "norm", model, style)
+        self.norm = (
+            nn.Identity() if style.post_norm else make_norm(make, "norm", model, style, True)
+        )
         self.transform: nn.Module | None = None
         self.bias: nn.Parameter | None = None
         if style.transform:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mpmp.comm.group import Group
+from mpmp.parallel.fused import CrossEntropy
 from mpmp.parallel.stage import NOT_COUNTED
 
 _ROWS = 64
@@ -41,11 +42,13 @@ class _CrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         logits_Nv, targets_N = logits_BTv.detach().flatten(0, 1), targets_BT.flatten()
         wide = torch.promote_types(logits_Nv.dtype, torch.float32)
-        maximum_N = group.allreduce(logits_Nv.amax(-1).to(wide), op="max")
-        total_N = torch.empty_like(maximum_N)
-        for piece in _pieces(logits_Nv):
-            scores = logits_Nv[piece].to(wide, copy=True).sub_(maximum_N[piece, None])
-            total_N[piece] = scores.exp_().sum(-1)
+        fast = CrossEntropy.of(logits_Nv)
+        maximum_N = logits_Nv.amax(-1).to(wide) if fast is None else fast.maximum()
+        maximum_N = group.allreduce(maximum_N, op="max")
+        if fast is None:
+            total_N = _exponentials(logits_Nv, maximum_N)
+        else:
+            total_N = fast.exponentials(maximum_N)
         local_N = targets_N - start
         own_N = (local_N >= 0) & (local_N < logits_Nv.shape[1])
         local_N1 = local_N.where(own_N, 0).unsqueeze(-1)
@@ -60,15 +63,28 @@ class _CrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_BT: Tensor) -> tuple[Tensor, None, None, None]:
         logits_BTv, lse_N, local_N1, own_N, counted_N = ctx.saved_tensors
-        logits_Nv, grad_BTv = logits_BTv.flatten(0, 1), torch.empty_like(logits_BTv)
-        grad_Nv, grad_N = grad_BTv.flatten(0, 1), grad_BT.flatten() * counted_N
+        logits_Nv, grad_N = logits_BTv.flatten(0, 1), grad_BT.flatten() * counted_N
+        fast = CrossEntropy.of(logits_Nv)
+        if fast is not None:
+            target_N = local_N1.squeeze(-1).where(own_N, -1)
+            return fast.backward(lse_N, grad_N, target_N).view_as(logits_BTv), None, None, None
+        grad_Nv = torch.empty_like(logits_Nv)
         for piece in _pieces(logits_Nv):
             scores = logits_Nv[piece].to(lse_N.dtype, copy=True).sub_(lse_N[piece, None])
             softmax = scores.exp_().mul_(grad_N[piece, None])
             # softmax - one-hot(target); the target's column lies on one rank alone.
             own = (-grad_N[piece] * own_N[piece]).unsqueeze(-1)
             grad_Nv[piece] = softmax.scatter_add_(-1, local_N1[piece], own)
-        return grad_BTv, None, None, None
+        return grad_Nv.view_as(logits_BTv), None, None, None
+
+
+def _exponentials(logits_Nv: Tensor, maximum_N: Tensor) -> Tensor:
+    """Their sums, over e^maximum."""
+    total_N = torch.empty_like(maximum_N)
+    for piece in _pieces(logits_Nv):
+        scores = logits_Nv[piece].to(maximum_N.dtype, copy=True).sub_(maximum_N[piece, None])
+        total_N[piece] = scores.exp_().sum(-1)
+    return total_N
 
 
 def _pieces(logits_Nv: Tensor) -> Iterator[slice]:

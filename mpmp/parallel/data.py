@@ -99,6 +99,9 @@ class Bucket:
             if not self.every_time:
                 landing.begin(one, view)
 
+    def expect(self) -> None:
+        """Backward is about to write the gradients, where somebody says so."""
+
     def written(self, parameter: nn.Parameter) -> None:
         """Keep the gradient that autograd has computed: the first one is copied, not added."""
         assert not self.started, "a gradient came after the sum had started"
@@ -211,7 +214,7 @@ class GradientBuckets:
 
 
 def replicated_buckets(
-    chunks: Sequence[nn.Module], mesh: Mesh, bucket_bytes: float
+    chunks: Sequence[nn.Module], mesh: Mesh, bucket_bytes: float | None = None
 ) -> list[Bucket]:
     """Buckets for all parameters of a rank's chunks, whose sums every rank keeps whole."""
     used = users(chunks)

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
@@ -182,7 +183,7 @@ class Experts(nn.Module):
         if group.size == 1:
             return self._feed_forward(rows_ND, sent.counts)
         cuts = partition(self.num_experts, group.size)
-        every = group.allgather(torch.tensor([sent.counts])).tolist()
+        every = group.numbers(sent.counts)
         there = [sum(sent.counts[start:stop]) for start, stop in cuts]
         start, stop = cuts[group.rank]
         here = [theirs[start:stop] for theirs in every]
@@ -215,10 +216,19 @@ class _Sent(NamedTuple):
 
     @classmethod
     def of(cls, choices_Btk: Tensor, kept_Btk: Tensor, experts: int) -> _Sent:
+        if isinstance(choices_Btk, FakeTensor):
+            return cls._even(choices_Btk, experts)
         kept = kept_Btk.flatten().nonzero().squeeze(-1)
         expert = choices_Btk.flatten()[kept]
         kept = kept[expert.argsort(stable=True)]
         counts = torch.bincount(expert, minlength=experts).tolist()
+        return cls(kept, kept // choices_Btk.shape[-1], counts)
+
+    @classmethod
+    def _even(cls, choices_Btk: Tensor, experts: int) -> _Sent:
+        """Where tensors have no values: every expert gets as many, none is left out."""
+        kept = torch.arange(choices_Btk.numel())
+        counts = [stop - start for start, stop in partition(len(kept), experts)]
         return cls(kept, kept // choices_Btk.shape[-1], counts)
 
 
@@ -238,11 +248,16 @@ class _Alltoall(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group, there: list[int], here: list[int]) -> Tensor:
         ctx.group, ctx.there, ctx.here = group, there, here
-        return group.alltoall(x.detach().contiguous(), there)
+        return group.alltoall(x.detach().contiguous(), there, take_lengths=here)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return ctx.group.alltoall(grad.contiguous(), ctx.here), None, None, None
+        return (
+            ctx.group.alltoall(grad.contiguous(), ctx.here, take_lengths=ctx.there),
+            None,
+            None,
+            None,
+        )
 
 
 def _products(x_ND: Tensor, weight: nn.Parameter, counts: list[int], later: Deferred) -> Tensor:

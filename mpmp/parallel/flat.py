@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 from typing import Protocol
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from mpmp.comm.group import Group
 from mpmp.parallel.placement import placement_of
 from mpmp.programs.partition import partition
+
+_SMALL_BYTES, _LARGE_BYTES = 0.5e6, 4e6
 
 
 class Flat:
@@ -111,23 +114,38 @@ def fill(
     parameters: Iterable[nn.Parameter],
     used: dict[nn.Parameter, frozenset[int]],
     groups: dict[nn.Parameter, Group],
-    most_bytes: float,
+    most_bytes: float | None = None,
 ) -> list[Flat]:
     """Cut parameters, last used first, into ranges of at most ``most_bytes`` that are summed alike.
 
     A parameter that is larger has a range of its own. Ranges stand in the order in which backward
-    completes them.
+    completes them. ``most_bytes`` omitted: what suits the group, see `usual_bytes`.
     """
+    total: Counter[Group] = Counter()
+    for one in used:
+        total[groups[one]] += one.nbytes
     done: list[tuple[int, list[nn.Parameter]]] = []
     filling: dict[object, tuple[int, list[nn.Parameter]]] = {}
     for place, one in enumerate(reversed(list(parameters))):
         placement = placement_of(one)
         key = groups[one], placement.summed, one.dtype, used[one], placement.shared_by
         _, members = filling.get(key, (0, []))
-        if members and sum(other.nbytes for other in members) + one.nbytes > most_bytes:
+        most = most_bytes or usual_bytes(groups[one], total[groups[one]])
+        if members and sum(other.nbytes for other in members) + one.nbytes > most:
             done.append(filling.pop(key))
             members = []
         filling[key] = place, [*members, one]
     done += filling.values()
     done.sort(key=lambda found: found[0])
     return [Flat(members, groups[members[0]], used[members[0]]) for _, members in done]
+
+
+def usual_bytes(group: Group, total: int) -> float:
+    """Bytes of a range, where ``total`` are summed over a group.
+
+    In memory that ranks share a call costs little. Between hosts nothing hides the wait for the
+    first range to fill and the sum of the last: a twentieth each. Below 0.5 MB latencies count.
+    """
+    if len(set(group.hosts)) == 1:
+        return _LARGE_BYTES
+    return min(max(total / 20, _SMALL_BYTES), _LARGE_BYTES)

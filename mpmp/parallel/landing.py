@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from mpmp.parallel import fused
+
 
 class Landing:
     """Of one parameter: its gradient's memory, and the weight as it was cast."""
@@ -40,7 +42,7 @@ def add(parameter: nn.Parameter, gradient: Tensor) -> bool:
     if parameter.grad is None:
         parameter.grad = landing.memory.copy_(gradient)
     else:
-        parameter.grad += gradient
+        fused.add_(parameter.grad, gradient)
     return True
 
 

@@ -2,6 +2,7 @@
 
     activations   what autograd keeps from a forward for its backward      layers.py
     states        weights, gradients and moments                           states.py
+    all           every memory that any operation has met and that lives still
 
 Every memory is counted once, whatever number of views of it are kept, and whole, for a view keeps
 all of it alive. What the caller holds anyway (weights, tokens, the hidden states that came in) is
@@ -12,12 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
-from weakref import WeakSet
+from typing import Any, TypeVar
+from weakref import WeakSet, ref
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from mpmp.parallel.states import States, formula, held
 from mpmp.parallel.zero import Sharded
@@ -80,6 +83,45 @@ class _Held:
 
     def tensor(self) -> Tensor:
         return self.x
+
+
+class Living(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Bytes of every memory that operations inside have met, as long as it lives.
+
+    ``bytes`` is what lives now, ``most_bytes`` the most that did at once. Tensors without memory
+    (torch's fake ones) count as what they would take.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.bytes = self.most_bytes = 0
+        self._known: dict[int, ref[torch.UntypedStorage]] = {}
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for one in tree_leaves((args, kwargs, result)):
+            if isinstance(one, Tensor):
+                self._meet(one.untyped_storage())
+        return result
+
+    def _meet(self, storage: torch.UntypedStorage) -> None:
+        key, nbytes = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+
+        def gone(_: object) -> None:
+            self.bytes -= nbytes
+            del self._known[key]
+
+        self._known[key] = ref(storage, gone)
+        self.bytes += nbytes
+        self.most_bytes = max(self.most_bytes, self.bytes)
 
 
 @dataclass(frozen=True)

@@ -153,9 +153,10 @@ class Exchange:
         """What each rank has for this one; shapes are (heads, positions) of what arrives."""
         flat = torch.cat([part.flatten() for parts in sent for part in parts])
         lengths = None if self._even else [sum(x.numel() for x in parts) for parts in sent]
-        arrived = self.group.alltoall(flat, lengths)
         B, _, _, K = sent[0][0].shape
-        parts = torch.split(arrived, [B * h * t * K for of in shapes for h, t in of])
+        sizes = [[B * h * t * K for h, t in of] for of in shapes]
+        arrived = self.group.alltoall(flat, lengths, take_lengths=[sum(of) for of in sizes])
+        parts = torch.split(arrived, list(chain(*sizes)))
         views = (x.view(B, h, t, K) for x, (h, t) in zip(parts, chain(*shapes), strict=True))
         return [[next(views) for _ in of] for of in shapes]
 

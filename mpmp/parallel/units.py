@@ -157,6 +157,8 @@ class Watch:
             unit.make_whole()
             if unit.after is not None:
                 self.ended(unit.after)
+            for bucket in unit.buckets:
+                bucket.expect()
             if unit.before is not None:
                 unit.before.fetch()
 

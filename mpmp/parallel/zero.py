@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from mpmp.comm.mesh import Mesh
+from mpmp.parallel import landing
 from mpmp.parallel.data import Bucket, GradientBuckets, replicated_buckets
 from mpmp.parallel.flat import Flat, Slot, fill, slots, users
 from mpmp.parallel.placement import Placement, placement_of
@@ -49,7 +50,8 @@ class Piece:
 class Staged(Bucket):
     """Gradients of which this rank keeps its piece; all of them are there while they are summed.
 
-    Until the bucket is full gradients stay where autograd has put them.
+    Where nobody says that backward is about to write them they stay where autograd has put them
+    until the bucket is full.
     """
 
     every_time = True
@@ -68,14 +70,21 @@ class Staged(Bucket):
         super().begin()
         self._own.zero_()
 
+    def expect(self) -> None:
+        """Backward is about to write the gradients: products may land in the slot."""
+        self._slot.take(self)
+        for one, view in self.views.items():
+            landing.begin(one, view)
+
     def written(self, parameter: nn.Parameter) -> None:
         pass
 
     def start(self) -> None:
         self._slot.take(self)
         for one, view in self.views.items():
-            if one.grad is not None:
+            if one.grad is not None and one.grad is not view:
                 view.copy_(one.grad)
+            landing.end(one)
         super().start()
         for one in self.flat.parameters:
             one.grad = None
@@ -178,7 +187,9 @@ class Sharded(GradientBuckets):
         return sum(bucket.flat.sent for bucket in self.buckets)
 
 
-def make(chunks: Sequence[nn.Module], mesh: Mesh, stage: int, bucket_bytes: float) -> Sharded:
+def make(
+    chunks: Sequence[nn.Module], mesh: Mesh, stage: int, bucket_bytes: float | None
+) -> Sharded:
     """Share the parameters of a rank's chunks out as a stage of ZeRO does; 0 shares nothing."""
     used, watch = users(chunks), Watch()
     if stage == 0:

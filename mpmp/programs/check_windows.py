@@ -5,7 +5,8 @@ each rank carries a vector clock, publishing shows it, awaiting takes it over. T
 chunk of one window, of which one writes, must be ordered, whatever the speed of the ranks. The
 program is followed three times in a row, as it is replayed: the owner writes a new input before
 and reads the result after each time, so a program that ends too early is caught by its next turn.
-A slot is one place, whichever chunk passes through it, and a private result is its input's place.
+A slot has the places of one piece, whichever passes through it, and a private result is its input's
+place.
 Contributions are counted as for message programs: what each chunk holds, each exactly once.
 """
 
@@ -24,6 +25,7 @@ from mpmp.programs.steps import NONE
 from mpmp.programs.windows import (
     ALL,
     RESULT,
+    RESULT_AND_SLOT,
     Await,
     Combine,
     Load,
@@ -32,6 +34,7 @@ from mpmp.programs.windows import (
     WindowCost,
     WindowStep,
     members,
+    touched,
 )
 
 TURNS = 3
@@ -39,7 +42,7 @@ TURNS = 3
 
 Clock = NDArray[np.int64]
 Place = tuple[int, int, int]
-"""Rank whose memory it is, slot (RESULT for its private result), chunk (0 in a slot)."""
+"""Rank whose memory it is, slot (RESULT for its private result), chunk (its place in a slot)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +69,7 @@ def check_window(
     steps = [list(algorithm.program(rank, size, **facts)) for rank in range(size)]
     num_chunks = algorithm.num_chunks(size, **facts)
     for rank, one in enumerate(steps):
-        _check_form(rank, one, steps[0], size, num_chunks, algorithm.slots)
+        _check_form(rank, one, steps[0], size, num_chunks, algorithm)
     _Run(collective, algorithm, steps, size, num_chunks, facts).follow()
     return _check_cost(algorithm.cost(size, **facts), steps, size, num_chunks)
 
@@ -77,7 +80,7 @@ def _check_form(
     first: list[WindowStep],
     size: int,
     num_chunks: int,
-    slots: int,
+    algorithm: WindowAlgorithm,
 ) -> None:
     """What is wrong with one rank's program by itself."""
     published = sum(isinstance(step, Publish) for step in steps)
@@ -87,28 +90,26 @@ def _check_form(
             f"rank {rank}, step {len(steps)} (the end): it has published {published} times and "
             f"rank 0 {wanted} times; every rank must publish equally often"
         )
-    loads = isinstance(steps[0], Load)
-    if slots > 1 and not loads:
-        raise ProgramError(f"rank {rank}, step 0: a program with slots begins with Load")
-    for number, begins in enumerate((Publish(), Await(ALL)), start=int(loads)):
-        if steps[number : number + 1] != [begins]:
+    begins = next((at for at, step in enumerate(steps) if not isinstance(step, Load)), len(steps))
+    for number, begin in enumerate((Publish(), Await(ALL)), start=begins):
+        if steps[number : number + 1] != [begin]:
             raise ProgramError(
                 f"rank {rank}, step {number}: every program begins with Publish and Await of ALL, "
                 "for there the ranks compare what they are about to do and where their windows are"
             )
+    in_slots = algorithm.slots > 0
     for number, step in enumerate(steps):
         if isinstance(step, Await):
             known = step.source == ALL or 0 <= step.source < size
         elif isinstance(step, Combine):
-            known = (step.sum_from == ALL or 0 <= step.sum_from < size) and (
-                step.store_to in (ALL, RESULT, NONE) or 0 <= step.store_to < size
-            )
-            known &= step.count >= 1 and 0 <= step.chunk <= num_chunks - step.count
-            known &= (
-                not loads or step.store_to == NONE or (step.count, step.store_to) == (1, RESULT)
-            )
+            private = RESULT, RESULT_AND_SLOT, NONE
+            to_windows = step.store_to == ALL or 0 <= step.store_to < size
+            known = step.sum_from == ALL or 0 <= step.sum_from < size
+            known &= step.store_to in private if in_slots else to_windows or step.store_to == NONE
+            known &= step.count == 1 if in_slots else step.count >= 1
+            known &= 0 <= step.chunk <= num_chunks - step.count
         elif isinstance(step, Load):
-            known = loads and 0 <= step.chunk < num_chunks
+            known = in_slots and 0 <= step.chunk < num_chunks
         else:
             known = True
         if not known:
@@ -131,7 +132,7 @@ class _Run:
         facts: dict[str, Any],
     ) -> None:
         self.collective, self.facts = collective, facts
-        self.slots, self.steps = algorithm.slots, steps
+        self.slots, self.steps = max(algorithm.slots, 1), steps
         self.size, self.num_chunks = size, num_chunks
         self.num_done = 0
         self.clocks = np.zeros((size, size), np.int64)
@@ -140,10 +141,8 @@ class _Run:
         self.reads: dict[Place, list[_Access]] = {}
         # How often each rank's contribution to which chunk lies in a place: {(rank, chunk): times}
         self.content: dict[Place, dict[tuple[int, int], int]] = {}
-        self.loads = isinstance(steps[0][0], Load)
-        self.private = any(
-            isinstance(step, Combine) and step.store_to == RESULT for one in steps for step in one
-        )
+        self.in_slots = algorithm.slots > 0
+        self.piece = algorithm.chunks_of_piece(size) if self.in_slots else num_chunks
 
     def follow(self) -> None:
         """Let every rank go on in turn until all have ended, or none can."""
@@ -180,7 +179,7 @@ class _Run:
                 elif isinstance(step, Load):
                     self._load(rank, total % self.slots, step, f"rank {rank}, {said}")
                 elif step.store_to != NONE:
-                    self._combine(rank, (total - 1) % self.slots, step, f"rank {rank}, {said}")
+                    self._combine(rank, total, step, f"rank {rank}, {said}")
                 self.num_done += 1
             self._take(rank, turn)
 
@@ -217,44 +216,48 @@ class _Run:
 
     def _fill(self, rank: int, turn: int) -> None:
         for chunk in range(self.num_chunks):
-            place = (rank, RESULT if self.loads else 0, chunk)
+            place = (rank, RESULT if self.in_slots else 0, chunk)
             self._write(rank, place, f"rank {rank}, the input of turn {turn}")
             self.content[place] = {(rank, chunk): 1}
 
     def _load(self, rank: int, slot: int, step: Load, said: str) -> None:
-        self._write(rank, (rank, slot, 0), said)
-        self.content[rank, slot, 0] = self.content[rank, RESULT, step.chunk]
+        place = (rank, slot, step.chunk % self.piece)
+        self._write(rank, place, said)
+        self.content[place] = self.content[rank, RESULT, step.chunk]
 
-    def _combine(self, rank: int, slot: int, step: Combine, said: str) -> None:
+    def _combine(self, rank: int, total: int, step: Combine, said: str) -> None:
+        """After ``total`` publications: what was published last is read."""
+        slot, turn = (total - 1) % self.slots, total % self.slots
         for chunk in range(step.chunk, step.chunk + step.count):
-            total: dict[tuple[int, int], int] = {}
+            held: dict[tuple[int, int], int] = {}
+            at = chunk % self.piece
             for source in members(step.sum_from, self.size):
-                place = (source, slot, chunk)
-                if self.loads:  # what it has loaded a rank reads where it was
-                    place = (rank, RESULT, chunk) if source == rank else (source, slot, 0)
+                own = self.in_slots and source == rank  # read where it was loaded from
+                place = (rank, RESULT, chunk) if own else (source, slot, at)
                 self._read(rank, place, said)
                 for key, times in self.content.get(place, {}).items():
-                    total[key] = total.get(key, 0) + times
-            if step.store_to == RESULT:
-                self.content[rank, RESULT, chunk] = total
-                continue
-            for target in members(step.store_to, self.size):
-                self._write(rank, (target, slot, chunk), said)
-                self.content[target, slot, chunk] = dict(total)
+                    held[key] = held.get(key, 0) + times
+            targets = [(target, slot, at) for target in members(step.store_to, self.size)]
+            if self.in_slots:
+                targets = [(rank, RESULT, chunk)]
+            if step.store_to == RESULT_AND_SLOT:
+                targets.append((rank, turn, at))
+            for place in targets:
+                self._write(rank, place, said)
+                self.content[place] = dict(held)
 
     def _take(self, rank: int, turn: int) -> None:
         """The owner reads its result, which must be what the collective promises."""
         if self.collective == "barrier":
             self._heard_of_all(rank, turn)
             return
-        where = RESULT if self.private else 0
+        where = RESULT if self.in_slots else 0
         for chunk in range(self.num_chunks):
             wanted = self._promise(rank, chunk)
             if wanted is None:
                 continue
             place, said = (rank, where, chunk), f"rank {rank}, the result of turn {turn}"
-            if not self.private:
-                self._read(rank, place, said)
+            self._read(rank, place, said)
             found = self.content.get(place, {})
             if found != wanted:
                 raise ProgramError(
@@ -302,9 +305,11 @@ def _check_cost(
     syncs = max(sum(isinstance(step, Await) for step in one) for one in steps)
     read, written = [], []
     for one in steps:
-        combines = [step for step in one if isinstance(step, Combine) and step.store_to != NONE]
-        read.append(sum(len(members(s.sum_from, size)) * s.count for s in combines))
-        written.append(sum(_num_targets(s.store_to, size) * s.count for s in combines))
+        moves = [
+            (step.count, *touched(step, size)) for step in one if isinstance(step, Combine | Load)
+        ]
+        read.append(sum(int(count * reads) for count, reads, _ in moves))
+        written.append(sum(int(count * writes) for count, _, writes in moves))
     found = WindowReport(
         size, syncs, Fraction(max(read), num_chunks), Fraction(max(written), num_chunks)
     )
@@ -315,7 +320,3 @@ def _check_cost(
                 f"{getattr(cost, what)}"
             )
     return found
-
-
-def _num_targets(store_to: int, size: int) -> int:
-    return size if store_to == ALL else 1

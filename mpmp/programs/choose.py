@@ -1,8 +1,8 @@
 """Choose: which algorithm moves a buffer, and why.
 
 By what was measured on a group of the same size on as many hosts; else by what the measured links
-predict; else by thresholds: those of shared windows are ours, the others MPICH's (Thakur,
-Rabenseifner, Gropp 2005): few rounds for short messages, few bytes for long ones.
+predict; else by thresholds: those of shared windows and between hosts are ours, the others MPICH's
+(Thakur, Rabenseifner, Gropp 2005): few rounds for short messages, few bytes for long ones.
 
 Whoever chooses with the same arguments chooses the same: all ranks of a group must.
 """
@@ -24,7 +24,11 @@ from mpmp.programs.windows import WindowAlgorithm
 
 KIB = 1024
 _ONE_SHOT = 4 * KIB  # read by each rank: n bytes of every rank
+_ONE_SHOT_IN_SLOTS = 128 * KIB  # above, a wait more costs less than reading all
 _SHORT_ALLREDUCE = 2 * KIB
+# Between hosts a chunk of this length travels longer than a latency. Rounds of a ring are equal:
+# two that are under way on one link take turns and hide each other's latencies.
+RING_CHUNK = 64 * KIB
 _SHORT_REDUCE_SCATTER = 512 * KIB
 _SHORT_ALLGATHER = 80 * KIB
 _SHORT_ALLGATHER_OF_A_POWER = 512 * KIB
@@ -74,6 +78,11 @@ def choose(
             return choice
     algorithm, reason = _default(collective, size, nbytes, hosts, shared, order, even)
     return Choice(algorithm, f"built-in default: {reason}")
+
+
+def through_slots(size: int, nbytes: int) -> str:
+    """The allreduce of tensors in memory that the other ranks cannot reach."""
+    return "one_shot" if nbytes * size <= _ONE_SHOT_IN_SLOTS else "two_shot"
 
 
 def _legal(
@@ -174,6 +183,8 @@ def _default(
     if collective == "allreduce" and nbytes > _SHORT_ALLREDUCE and 1 < hosts < size:
         long = f"{nbytes:,} bytes are more than {_SHORT_ALLREDUCE:,}"
         return "hierarchical", f"{long} and {size} ranks share {_hosts(hosts)}"
+    if collective == "allreduce" and hosts == size and nbytes >= RING_CHUNK * size:
+        return "ring", f"{nbytes:,} bytes are at least {RING_CHUNK:,} a rank, each on its own host"
     return _mpich(collective, size, nbytes, even)
 
 

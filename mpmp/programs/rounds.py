@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from mpmp.errors import ProgramError
 from mpmp.programs.cluster import Cluster, Link
 from mpmp.programs.steps import NONE, Reduce, Round, Send, Step
-from mpmp.programs.windows import Combine
+from mpmp.programs.windows import Combine, Load
 
 Vector = NDArray[Any]
 Number = Any
@@ -35,7 +35,7 @@ class Chunks:
         self.length, self.longer = divmod(nbytes, parts)
         self.parts, self.copies = parts, copies
 
-    def bytes_of(self, step: Step | Combine, ranks: Vector | None = None) -> Number:
+    def bytes_of(self, step: Step | Combine | Load, ranks: Vector | None = None) -> Number:
         """Bytes that a step moves on ``ranks`` (None: on all)."""
         chunk, count = step.chunk, step.count
         if ranks is not None:

@@ -31,8 +31,16 @@ from mpmp.programs.cluster import Link as Link
 from mpmp.programs.cluster import Memory as Memory
 from mpmp.programs.collectives import COLLECTIVES
 from mpmp.programs.rounds import Chunks, Rounds
-from mpmp.programs.steps import NONE, Algorithm
-from mpmp.programs.windows import ALL, Await, Combine, Publish, WindowAlgorithm
+from mpmp.programs.steps import Algorithm
+from mpmp.programs.windows import (
+    ALL,
+    Await,
+    Combine,
+    Load,
+    Publish,
+    WindowAlgorithm,
+    touched,
+)
 
 
 def simulate_collective(
@@ -70,18 +78,12 @@ def simulate_window(
     chunks = Chunks(nbytes, algorithm.num_chunks(size, **facts))
     now = published = np.zeros(size)
     for step in algorithm.program(np.arange(size), size, **facts):
-        if isinstance(step, Combine):
-            touched = _windows(step.sum_from, size) + _windows(step.store_to, size)
-            used = np.not_equal(step.store_to, NONE)
-            now = now + used * touched * chunks.bytes_of(step) * memory.seconds_per_byte
+        if isinstance(step, Combine | Load):
+            times = sum(touched(step, size))
+            now = now + times * chunks.bytes_of(step) * memory.seconds_per_byte
         elif isinstance(step, Await):
             others = published.max() if np.all(step.source == ALL) else published[step.source]
             now = np.maximum(now, others) + memory.sync_s
         elif isinstance(step, Publish):
             published = now
     return float(now.max())
-
-
-def _windows(named: Any, size: int) -> Any:
-    """How many windows a word of a window program speaks of."""
-    return np.where(np.equal(named, ALL), size, 1)

@@ -14,13 +14,16 @@ in the windows where it is.
 Rules, the same for the checker and for those who carry it out:
 
 1. ``Await`` of a rank returns when that rank has published as often as this one has.
-2. All ranks publish equally often, and every program begins with ``Publish`` and ``Await(ALL)``:
-   there the ranks compare what they are about to do, and learn where the windows lie.
+2. All ranks publish equally often. Every program begins, after what it loads, with ``Publish`` and
+   ``Await(ALL)``: there the ranks compare what they are about to do, and learn where the windows
+   lie.
 3. Summands are added in rank order, each result is rounded once.
 4. When a program has ended on a rank it may write to its own window at once. Where that would be
-   too early, or the others cannot reach the input, it passes through two *slots* (``slots = 2``):
-   ``Load`` copies one chunk to the slot whose turn it is, ``Publish`` gives the turn to the other,
-   and ``Combine`` sums what was published last. Such a program begins with ``Load``.
+   too early, or the others cannot reach the input, it passes through two *slots*:
+   ``Load`` copies to the slot whose turn it is, ``Publish`` gives the turn to the other, and
+   ``Combine`` reads what was published last, its own rank's part where it was loaded from. A slot
+   holds one of the ``pieces`` in which a buffer passes; each chunk has its place there, in which
+   those of all pieces lie one after another.
 """
 
 from __future__ import annotations
@@ -30,10 +33,18 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
+
+from mpmp.programs.steps import NONE
+
 ALL = -2
 """Every rank of the group, where a word asks for ranks."""
 RESULT = -3
 """This rank's private result, where a word asks for a window to store to."""
+RESULT_AND_SLOT = -4
+"""The same and this rank's slot whose turn it is, in one pass."""
+PIECE_BYTES = 512 * 1024
+"""Room in a slot: meetings are few, and a rank's part is still in its cache when it is summed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +63,7 @@ class Await:
 class Combine:
     """``count`` chunks from ``chunk`` on, summed over windows, are stored to windows, in one pass.
 
-    ``sum_from`` is a rank or ALL; ``store_to`` a rank, ALL or RESULT.
+    ``sum_from`` is a rank or ALL; ``store_to`` a rank, ALL, RESULT or RESULT_AND_SLOT.
     """
 
     chunk: Any
@@ -67,6 +78,11 @@ class Load:
 
     chunk: Any
 
+    @property
+    def count(self) -> int:
+        """One chunk: those of a slot need not lie side by side."""
+        return 1
+
 
 WindowStep = Publish | Await | Combine | Load
 
@@ -75,7 +91,7 @@ WindowStep = Publish | Await | Combine | Load
 class WindowCost:
     """The published cost on n bytes: how often ranks wait for one another, and bytes touched.
 
-    ``read`` and ``written`` are the most that any rank reads and writes in sums, as multiples of n.
+    ``read`` and ``written`` are the most that any rank reads and writes, as multiples of n.
     """
 
     syncs: int
@@ -91,14 +107,32 @@ class WindowAlgorithm:
     num_chunks: Callable[..., int]
     cost: Callable[..., WindowCost]
     facts: tuple[str, ...] = ()
-    slots: int = 1
+    slots: int = 0
+    """Through how many slots its ``pieces`` pass, in turns; 0: all is combined where it lies."""
     fixed_order: bool = True
 
     def taken(self, facts: Mapping[str, Any]) -> dict[str, Any]:
         """Of what is known of a group and a call, the facts that this program takes."""
         return {name: facts[name] for name in self.facts if name in facts}
 
+    def chunks_of_piece(self, size: int) -> int:
+        """How many chunks a slot holds: chunk c has place c modulo that."""
+        return self.num_chunks(size)
+
 
 def members(source: int, size: int) -> range:
     """The ranks that a word speaks of."""
     return range(size) if source == ALL else range(source, source + 1)
+
+
+def touched(step: Any, size: int) -> tuple[Any, Any]:
+    """How often a step reads and writes each of its chunks; arrays where ranks are an array."""
+    if isinstance(step, Load):
+        return 1, 1
+    if not isinstance(step, Combine):
+        return 0, 0
+    used, target = np.not_equal(step.store_to, NONE), step.store_to
+    written = np.where(
+        np.equal(target, ALL), size, np.where(np.equal(target, RESULT_AND_SLOT), 2, 1)
+    )
+    return used * np.where(np.equal(step.sum_from, ALL), size, 1), used * written

@@ -24,6 +24,7 @@ from mpmp.comm.world import World, start
 from mpmp.data.loader import load
 from mpmp.job import setup
 from mpmp.job.training import Training
+from mpmp.parallel import landing
 
 Case = Sequence[Any]
 """Algorithm of allreduce, bytes."""
@@ -205,60 +206,116 @@ def overlap(ranks: Ranks, nbytes: int, algorithm: str, repeats: int) -> dict[str
     }
 
 
-def training(ranks: Ranks, width: int, layers: int, repeats: int) -> dict[str, Any]:
+class Timed:
+    """Training steps of a data parallel GPT, with the sums of its gradients and without.
+
+    With ``pauses`` each layer's backward is followed by one and the batch is a sequence a rank: so
+    it computes on a host with cores enough, of which emulated hosts have none of their own.
+    """
+
+    def __init__(
+        self, ranks: Ranks, width: int, layers: int, rows: int, bucket_mb: float | None
+    ) -> None:
+        self.rows, self.pause_s, self._began = rows, 0.0, 0.0
+        asked = config.Config(
+            model=config.Model(layers=layers, width=width, context=128),
+            train=config.Train(batch=rows * ranks.world.size),
+            parallel=config.Parallel(bucket_mb=bucket_mb),
+        )
+        objective = setup.make_objective(asked, load(config.Data()))
+        self._ranks, self._training = ranks, Training(asked, ranks.mesh, objective)
+        self.sharded = self._training.sharded
+        for stage in self._training.stages:
+            for block in stage.blocks:
+                block.register_full_backward_hook(lambda *_: time.sleep(self.pause_s))
+        writing = self.sharded.writing
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            self._began = time.perf_counter()
+            return writing(*args, **kwargs)
+
+        self.sharded.writing = timed  # type: ignore[method-assign]
+
+    def step(self) -> float:
+        """Seconds of a step on the slowest rank."""
+        one = self._training
+        batch, counted = one._microbatches(0), one.objective.counted(0)
+        return self._ranks.slowest_run(lambda: one.pipeline.train(batch, counted, 1, one.sharded))
+
+    def sums(self) -> float:
+        """Seconds of the sums of all gradients alone."""
+
+        def run() -> None:
+            handles = [bucket._reduce.start() for bucket in self.sharded.buckets if bucket._reduce]
+            for handle in handles:
+                handle.wait()
+
+        return self._ranks.slowest_run(run)
+
+    def computed(self) -> tuple[float, float]:
+        """Seconds of a step without sums and of its backward."""
+        kept = [bucket._reduce for bucket in self.sharded.buckets]
+        for bucket in self.sharded.buckets:
+            bucket._reduce = None
+        ended: list[float] = []
+        self.sharded.finish = lambda: ended.append(time.perf_counter())  # type: ignore[method-assign]
+        step = self.step()
+        del self.sharded.finish
+        for bucket, reduce in zip(self.sharded.buckets, kept, strict=True):
+            bucket._reduce = reduce
+            for one in bucket.flat.parameters:
+                landing.end(one)
+        return step, self._ranks.slowest(ended[0] - self._began)
+
+
+def training(
+    ranks: Ranks,
+    width: int,
+    layers: int,
+    repeats: int,
+    bucket_mb: float | None = None,
+    pauses: bool = False,
+) -> dict[str, Any]:
     """Data parallel steps whose backward takes as long as the sums of all gradients.
 
     exposed = (step - the same step without sums) / the sums alone, on the slowest rank each.
     """
-    model = config.Model(layers=layers, width=width, context=128)
-    corpus = load(config.Data())
-
-    def made(rows: int) -> Training:
-        asked = config.Config(
-            model=model,
-            train=config.Train(batch=rows * ranks.world.size),
-            parallel=config.Parallel(bucket_mb=0.5),
-        )
-        return Training(asked, ranks.mesh, setup.make_objective(asked, corpus))
-
-    def step(one: Training) -> None:
-        one.pipeline.train(one._microbatches(0), one.objective.counted(0), 1, one.sharded)
-
-    def sums(one: Training) -> None:
-        handles = [bucket._reduce.start() for bucket in one.sharded.buckets if bucket._reduce]
-        for handle in handles:
-            handle.wait()
-
-    def computed(one: Training) -> float:
-        kept = [bucket._reduce for bucket in one.sharded.buckets]
-        for bucket in one.sharded.buckets:
-            bucket._reduce = None
-        seconds = ranks.slowest_run(lambda: step(one))
-        for bucket, reduce in zip(one.sharded.buckets, kept, strict=True):
-            bucket._reduce = reduce
-        return seconds
-
-    rows, trial = 2, made(2)
-    for _ in range(2):
-        ranks.slowest_run(lambda: sums(trial))
-        computed(trial)
-    alone = statistics.median(ranks.slowest_run(lambda: sums(trial)) for _ in range(3))
-    # Backward is two thirds of a step.
-    rows = max(1, round(rows * 1.5 * alone / computed(trial)))
-    chosen = made(rows)
-    step(chosen)
+    ranks.before_other_sessions()
+    rows = 1 if pauses else 4
+    one = Timed(ranks, width, layers, rows, bucket_mb)
+    one.step()
+    alone = statistics.median(one.sums() for _ in range(3))
+    for _ in range(3):
+        _, backward = one.computed()
+        if pauses:
+            one.pause_s = max(0.0, one.pause_s + (alone - backward) / layers)
+        else:
+            rows = max(1, round(rows * alone / backward))
+            one = Timed(ranks, width, layers, rows, bucket_mb)
+            one.step()
     found = []
     for _ in range(repeats):
-        communication = ranks.slowest_run(lambda: sums(chosen))
-        computation = computed(chosen)
-        both = ranks.slowest_run(lambda: step(chosen))
-        exposed = (both - computation) / communication
-        found.append([communication, computation, both, exposed])
+        before = switch_s()
+        communication = one.sums()
+        switch = switch_s() - before
+        computation, backward = one.computed()
+        both = one.step()
+        found.append(
+            {
+                "communication": communication,
+                "computation": computation,
+                "backward": backward,
+                "both": both,
+                "exposed": (both - computation) / communication,
+                "switch": switch,
+            }
+        )
     return {
         "rows": rows,
-        "parameters": sum(one.parameter.numel() for one in chosen.pieces),
+        "parameters": sum(one.memory.numel() for one in one.sharded.buckets),
+        "buckets": [bucket.memory.nbytes for bucket in one.sharded.buckets],
         "steps": found,
-        "exposed": statistics.median(one[-1] for one in found),
+        "exposed": statistics.median(row["exposed"] for row in found),
     }
 
 

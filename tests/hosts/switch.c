@@ -151,32 +151,50 @@ static Packet *pop(Queue *queue) {
     return packet;
 }
 
-static Packet *packet_of(const unsigned char *bytes, int length) {
-    Packet *packet = malloc(sizeof *packet + length);
-    if (packet == NULL)
+/* Packets of any length have LARGEST bytes and are used again: memory that malloc gives back to the
+   system and fetches anew for each costs as much processor time as moving the bytes. */
+static Packet *spare;
+
+static Packet *new_packet(void) {
+    Packet *packet = spare;
+    if (packet != NULL)
+        spare = packet->next;
+    else if ((packet = malloc(sizeof *packet + LARGEST)) == NULL)
         fail("malloc");
-    packet->length = length;
-    memcpy(packet->bytes, bytes, length);
     return packet;
+}
+
+static void free_packet(Packet *packet) {
+    packet->next = spare;
+    spare = packet;
 }
 
 static long time_of(const Packet *packet) { return (packet->length - HEADER) * ns_per_byte; }
 
 /* Take over all that the host wants to send; 1 if there was anything. */
 static int take(Port *from) {
-    static unsigned char bytes[LARGEST];
-    int any = 0, length;
-    while ((length = read(from->tap, bytes, sizeof bytes)) >= HEADER + 14) {
-        const unsigned char *address = bytes + HEADER;
+    Packet *packet = new_packet();
+    int any = 0;
+    while ((packet->length = read(from->tap, packet->bytes, LARGEST)) >= HEADER + 14) {
+        const unsigned char *address = packet->bytes + HEADER;
         any = 1;
         for (int j = 0; j < hosts; j++) {
-            int meant = (address[0] & 1) ? &ports[j] != from : address[5] == j + 1;
-            if (meant) { /* a broadcast goes to all others */
-                push(&from->leaving[j], packet_of(bytes, length));
-                from->num_leaving++;
-            }
+            int all = address[0] & 1; /* a broadcast goes to all others */
+            if (all ? &ports[j] == from : address[5] != j + 1)
+                continue;
+            Packet *sent = packet;
+            if (all) {
+                sent = new_packet();
+                memcpy(sent->bytes, packet->bytes, sent->length = packet->length);
+            } else
+                packet = new_packet();
+            push(&from->leaving[j], sent);
+            from->num_leaving++;
+            if (!all)
+                break; /* the address is no longer ours to read */
         }
     }
+    free_packet(packet);
     return any;
 }
 
@@ -193,7 +211,7 @@ static void send_on(Port *from) {
         long sent = later(from->sending_until, time);
         from->sending_until = sent + time_of(packet);
         if (to->queued + packet->length > MOST_QUEUED) {
-            free(packet);
+            free_packet(packet);
             dropped++;
             continue;
         }
@@ -212,7 +230,7 @@ static int deliver(Port *to) {
         if (write(to->tap, packet->bytes, packet->length) < 0)
             dropped++;
         to->queued -= packet->length;
-        free(packet);
+        free_packet(packet);
         any = 1;
     }
     return any;

@@ -228,7 +228,7 @@ def test_structures_are_laid_out_as_in_c(structure: str, tmp_path: Path) -> None
     name = structure.lower()
     lines = [f'printf("%zu ", offsetof(struct {name}, {field}));' for field in fields]
     (tmp_path / "layout.c").write_text(
-        f'#include "{build.SOURCE}"\n#include <stddef.h>\n#include <stdio.h>\n'
+        f'#include "{build.SOURCES[0]}"\n#include <stddef.h>\n#include <stdio.h>\n'
         f"int main(void) {{ {' '.join(lines)} "
         f'printf("%zu %zu", sizeof(struct {name}), sizeof(struct line)); }}\n'
     )

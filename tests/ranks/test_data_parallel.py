@@ -182,3 +182,17 @@ def test_a_weight_of_both_ends_is_summed_over_stages_too(world, stage):
         own = found[f"own{mesh.pipeline.rank}"][1]
         assert bool((own == sum(rank + 1 for rank in mesh.data.ranks)).all())
     mesh.free()
+
+
+@pytest.mark.ranks(2)
+def test_buckets_between_hosts_are_a_twentieth_of_the_gradients(mesh, monkeypatch):
+    from mpmp.parallel.flat import usual_bytes
+
+    assert usual_bytes(mesh.data, int(1e9)) == 4e6
+    monkeypatch.setattr(mesh.data, "hosts", (0, 1))
+    assert [usual_bytes(mesh.data, total) for total in (1, int(2e7), int(1e9))] == [5e5, 1e6, 4e6]
+    model = nn.Module()
+    make = Maker(mesh, seed=1, dtype=F64)
+    model.weights = nn.ParameterList(make.parameter(f"w{n}", (250, 100)) for n in range(10))
+    sharded = zero.make([model], mesh, 0, None)
+    assert [one.flat.length for one in sharded.buckets] == [50_000] * 5

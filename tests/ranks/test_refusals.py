@@ -135,7 +135,7 @@ def test_a_group_that_gave_up_in_the_middle(world):
                 group.allreduce(y, algorithm="ring")
 
 
-@pytest.mark.parametrize("algorithm", ("window", "one_shot"))
+@pytest.mark.parametrize("algorithm", ("window", "one_shot", "two_shot"))
 def test_what_was_prepared_in_windows_and_freed(group, algorithm):
     prepared = group.prepare_allreduce(torch.ones(1000), algorithm=algorithm)
     prepared.run()

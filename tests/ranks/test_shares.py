@@ -41,7 +41,7 @@ def dawdle(rank, turn):
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("name", ("window", "one_shot"))
+@pytest.mark.parametrize("name", ("window", "one_shot", "two_shot"))
 def test_thousands_of_replays_each_with_new_values(windows, name, placement):
     turns = 1500 if windows.size <= 2 else 300
     for length in (1, 37, 5000):
@@ -61,7 +61,7 @@ def test_replays_without_a_compiler(windows, monkeypatch):
     from mpmp.comm import lane
 
     monkeypatch.setattr(lane, "kernels", lambda: None)
-    for name in ("window", "one_shot"):
+    for name in ("window", "one_shot", "two_shot"):
         op = operation(windows, name, 50)
         for turn in range(150):
             expected = fill(op, turn)
@@ -76,7 +76,7 @@ def test_ranks_with_and_without_a_compiler_meet(windows, monkeypatch):
 
     if windows.comm.rank == 0:
         monkeypatch.setattr(lane, "kernels", lambda: None)
-    for name in ("window", "one_shot"):
+    for name in ("window", "one_shot", "two_shot"):
         op = operation(windows, name, 3000)
         for turn in range(50):
             expected = fill(op, turn)
@@ -90,7 +90,7 @@ def test_several_started_at_once_are_waited_for_in_any_order(sums, windows, plac
     ops = [
         operation(windows, name, length, placement)
         for length in lengths
-        for name in ("window", "one_shot")
+        for name in ("window", "one_shot", "two_shot")
     ]
     rank = windows.comm.rank
     for turn in range(12):
@@ -158,7 +158,7 @@ def test_operations_end_at_different_times_on_different_ranks(windows):
     rank, kept = windows.comm.rank, []
     spec = spec_of("allreduce", "window", 20, windows.size)
     for turn in range(60):
-        op = operation(windows, ("window", "one_shot")[turn % 2], 500 + turn)
+        op = operation(windows, ("window", "one_shot", "two_shot")[turn % 3], 500 + turn)
         expected = fill(op, turn)
         op.run()
         assert same_bits(op.output, expected), turn

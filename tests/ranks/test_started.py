@@ -39,6 +39,25 @@ def test_many_may_be_under_way(mesh):
     assert all(bool((x == sum(range(group.size))).all()) for x in buffers)
 
 
+def test_sums_side_by_side_do_not_take_each_other_s_messages(mesh):
+    """All of one length, so that only their lanes tell them apart; those of a lane in turns."""
+    group, count = mesh.tensor, 5
+    buffers = [torch.empty(3 * 2**10) for _ in range(count)]
+    prepared = [
+        group.prepare_allreduce(x, algorithm=name)
+        for x, name in zip(buffers, ("ring", "rabenseifner", "ring", "direct", "ring"), strict=True)
+    ]
+    for turn in range(20):
+        for n, x in enumerate(buffers):
+            x.fill_(float(group.rank + 100 * n + turn))
+        handles = [one.start() for one in prepared]
+        for handle in reversed(handles):
+            handle.wait()
+        expected = [sum(range(group.size)) + group.size * (100 * n + turn) for n in range(count)]
+        for x, total in zip(buffers, expected, strict=True):
+            assert bool((x == total).all()), turn
+
+
 @pytest.mark.ranks(2)
 def test_it_goes_on_while_the_rank_computes(mesh):
     """A thread makes progress: after a pause without any call of ours the sum is there."""
@@ -105,24 +124,24 @@ def test_a_peer_that_does_not_answer_is_named(world):
         mesh.tensor.send(torch.ones(4), 0, 0).wait()
 
 
-def test_a_failing_started_operation_raises_where_it_is_waited_for(mesh):
+def test_a_failing_started_operation_raises_where_it_is_waited_for(world):
     from mpmp.comm.progress import Progress
 
     def fail() -> None:
         raise PeerError("planted")
 
     for threaded in (True, False):
-        handle = Progress(threaded).start(fail)
+        handle = Progress(world.until, threaded).start(fail)
         with pytest.raises(PeerError, match="planted"):
             handle.wait()
 
 
-def test_without_threads_operations_run_in_order_when_waited_for(mesh):
+def test_without_threads_operations_run_in_order_when_waited_for(world):
     """Started in a backward hook, a sum may need what this rank sends only afterwards."""
     from mpmp.comm.progress import Progress
 
     ran: list[int] = []
-    progress = Progress(threaded=False)
+    progress = Progress(world.until, threaded=False)
     handles = [progress.start(lambda n=n: ran.append(n)) for n in range(3)]
     assert ran == []
     handles[1].wait()

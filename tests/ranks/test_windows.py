@@ -152,7 +152,7 @@ def awkward(length, rank, dtype):
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("name", ("window", "one_shot"))
+@pytest.mark.parametrize("name", ("window", "one_shot", "two_shot"))
 def test_signed_zeros_and_nans_have_the_same_bits_everywhere(sums, windows, alike, name, placement):
     numpy = {"sum": np.add, "max": np.maximum, "min": np.minimum, "prod": np.multiply}
     for op, function in numpy.items():
@@ -175,7 +175,7 @@ def test_signed_zeros_and_nans_have_the_same_bits_everywhere(sums, windows, alik
 def test_long_tensors_pass_through_slots_of_the_usual_size(windows, alike, placement):
     length = 3 * window.SLOT_BYTES // 4 + 1001
     every = [values(length, rank, torch.float32) for rank in range(windows.size)]
-    for name in ("window", "one_shot"):
+    for name in ("window", "one_shot", "two_shot"):
         spec = spec_of("allreduce", name, length, windows.size)
         x = every[windows.comm.rank]
         result = carried_out(windows, spec, REDUCTIONS["sum"], x, placement)
@@ -184,7 +184,7 @@ def test_long_tensors_pass_through_slots_of_the_usual_size(windows, alike, place
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("name", ("window", "one_shot"))
+@pytest.mark.parametrize("name", ("window", "one_shot", "two_shot"))
 def test_pieces_take_turns_from_call_to_call(small_slot, sums, windows, name, placement):
     """Odd and even numbers of pieces, new values each time, ranks that are late at times."""
     rank, whole = windows.comm.rank, SMALL_SLOT // 4
@@ -225,7 +225,7 @@ def test_one_rank_may_get_all_that_is_scattered(sums, windows, rows, placement):
 
 def test_a_result_may_be_the_input(sums, windows):
     for placement in PLACEMENTS:
-        for name in ("window", "one_shot"):
+        for name in ("window", "one_shot", "two_shot"):
             every = [values(1001, rank, torch.float32) for rank in range(windows.size)]
             x = placed(windows, 1001, torch.float32, placement).copy_(every[windows.comm.rank])
             spec = spec_of("allreduce", name, 1001, windows.size)

@@ -11,6 +11,7 @@ from mpmp.comm.reductions import REDUCTIONS
 from mpmp.comm.spec import Spec
 from mpmp.programs.collectives.allgather_window import ALLGATHER_WINDOW
 from mpmp.programs.collectives.allreduce_one_shot import ALLREDUCE_ONE_SHOT
+from mpmp.programs.collectives.allreduce_two_shot import ALLREDUCE_TWO_SHOT
 from mpmp.programs.collectives.allreduce_window import ALLREDUCE_WINDOW
 from mpmp.programs.collectives.broadcast_window import BROADCAST_WINDOW
 from mpmp.programs.collectives.reduce_scatter_window import REDUCE_SCATTER_WINDOW
@@ -19,6 +20,7 @@ from mpmp.programs.partition import partition
 PROGRAMS = {
     ("allreduce", "window"): ALLREDUCE_WINDOW,
     ("allreduce", "one_shot"): ALLREDUCE_ONE_SHOT,
+    ("allreduce", "two_shot"): ALLREDUCE_TWO_SHOT,
     ("reduce_scatter", "window"): REDUCE_SCATTER_WINDOW,
     ("allgather", "window"): ALLGATHER_WINDOW,
     ("broadcast", "window"): BROADCAST_WINDOW,

@@ -29,6 +29,7 @@ from mpmp.programs.collectives.allreduce_recursive_doubling import ALLREDUCE_REC
 from mpmp.programs.collectives.allreduce_reduce_broadcast import ALLREDUCE_REDUCE_BROADCAST
 from mpmp.programs.collectives.allreduce_ring import ALLREDUCE_RING
 from mpmp.programs.collectives.allreduce_swing import ALLREDUCE_SWING
+from mpmp.programs.collectives.allreduce_two_shot import ALLREDUCE_TWO_SHOT
 from mpmp.programs.collectives.allreduce_window import ALLREDUCE_WINDOW
 from mpmp.programs.collectives.alltoall_bruck import ALLTOALL_BRUCK
 from mpmp.programs.collectives.alltoall_pairwise import ALLTOALL_PAIRWISE
@@ -64,6 +65,7 @@ COLLECTIVES: dict[str, dict[str, Algorithm | WindowAlgorithm]] = {
         "direct": ALLREDUCE_DIRECT,
         "window": ALLREDUCE_WINDOW,
         "one_shot": ALLREDUCE_ONE_SHOT,
+        "two_shot": ALLREDUCE_TWO_SHOT,
     },
     "reduce_scatter": {
         "ring": REDUCE_SCATTER_RING,
