@@ -37,11 +37,13 @@ class Imagined:
     """A group that carries nothing; ``axes`` are those of the mesh along which its ranks differ.
 
     ``sent_bytes`` counts what this rank would have to send at least: (p-1)/p of a tensor to scatter
-    or gather it, and to exchange it when all have as much for each; twice that to sum it.
+    or gather it, and to exchange it when all have as much for each; twice that to sum it. All ranks
+    are on one host.
     """
 
     def __init__(self, rank: int, size: int, axes: tuple[str, ...]) -> None:
         self.rank, self.size, self.axes = rank, size, axes
+        self.hosts = (0,) * size
         self.sent_bytes = 0.0
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

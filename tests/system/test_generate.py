@@ -119,6 +119,7 @@ def test_a_bert_is_refused_and_scored_by_its_masked_words(folder):
     assert run.rc == 0 and f"nats per masked token {validated['nats']:.4f}" in run.stdout
 
 
+@pytest.mark.slow
 def test_the_bench_runs_ours_alone(tmp_path):
     flags = split("bench --against nothing --sizes small --tokens 4 --repeats 1 --csv rows.csv")
     run = alone(["-m", "mpmp.bench", "generate", *flags[1:]], cwd=tmp_path)

@@ -73,8 +73,10 @@ COMMANDS = [
     for line in block.splitlines()
     if line.strip() and not line.startswith("#")
 ]
+SESSION = [command for command in COMMANDS if {"runs/a", "my-gpt"} & set(command.words)]
+"""The life of one model: each command goes on with what the ones before it left."""
 MAKE = [command for command in COMMANDS if command.words[0] == "make"]
-TYPED = [command for command in COMMANDS if command not in MAKE]
+TYPED = [command for command in COMMANDS if command not in [*MAKE, *SESSION]]
 
 
 TINY_STEPS = shlex.split(
@@ -103,6 +105,14 @@ def run(command: Command, folder: Path) -> Run:
     elif "mpmp.verify" in arguments:
         arguments += ["--data.path", "text.txt", "--train.steps", "1", "--train.batch", "8"]
         arguments += ["--model.width", "32", "--model.context", "8"]
+    elif "mpmp.checkpoint" in arguments:
+        pass
+    elif "mpmp.evaluate" in arguments:
+        arguments += ["--train.eval_batches", "1"]
+    elif "mpmp.generate" in arguments:
+        arguments += ["--tokens", "8"]
+    elif "tagging" in arguments:
+        arguments += ["--train.epochs", "1", "--model.width", "32"]
     else:
         arguments += SMALL
         if not {"--train.steps", "--train.minutes"} & set(arguments):
@@ -136,6 +146,10 @@ def test_a_command_typed_by_hand(command: Command, tmp_path: Path) -> None:
         assert "verify dp" in ended.stdout, ended.text
     elif "train" in command.words:
         assert "torch pipelining" in ended.stdout, ended.text
+    elif "--dry-run" in command.words:
+        assert "dry run of dp2.pp2.tp4.zero1 on 16 ranks" in ended.stdout, ended.text
+    elif "tagging" in command.words:
+        assert "precision" in ended.stdout and "support" in ended.stdout, ended.text
     elif "mpmp.bench" in command.words:
         for collective in COLLECTIVES:
             assert f"\n{collective}\n" in ended.stdout, ended.text
@@ -146,6 +160,18 @@ def test_a_command_typed_by_hand(command: Command, tmp_path: Path) -> None:
             assert "ring, measured: " in ended.stderr, ended.text
         assert "load balance" in ended.stdout, ended.text
         assert list(tmp_path.glob("runs/*/model.safetensors")), ended.text
+
+
+@pytest.mark.timeout(300)
+def test_the_life_of_a_model(tmp_path: Path) -> None:
+    shown = []
+    for command in SESSION:
+        ended = run(command, tmp_path)
+        assert ended.rc == 0 and not ended.timed_out, f"{command.line}\n{ended.text}"
+        shown.append(ended.stdout)
+    assert "perplexity" in shown[3] and "behind them" in shown[4], shown[3:5]
+    assert "resumed from runs/a/step_00000020" in shown[1]
+    assert (tmp_path / "my-gpt" / "config.json").is_file()
 
 
 @pytest.mark.parametrize("command", MAKE, ids=[" ".join(one.words) for one in MAKE])
