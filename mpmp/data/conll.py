@@ -83,7 +83,7 @@ def find(folder: str) -> dict[str, str]:
                 f"{' or '.join(sorted(_WORDS[split]))} in its name, as {split}.conll; or name "
                 "files by --data.path, --data.validation and --data.test"
             )
-    return found
+    return {split: found[split] for split in SPLITS if split in found}
 
 
 def read(path: str) -> Tagged:

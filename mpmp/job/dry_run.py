@@ -128,7 +128,10 @@ def _asked(config: Config) -> Nothing:
             config.data.vocabulary if learnt else tokenizer_of(config.data.tokenizer).vocabulary
         )
     else:
-        tags, tokens = 0, tokenizer_of(config.data.tokenizer).vocabulary
+        tokenizer = tokenizer_of(config.data.tokenizer)
+        # Words are masked by a token more where the tokenizer has none for it.
+        masks = config.model.kind == "bert" and tokenizer.mask is None
+        tags, tokens = 0, tokenizer.vocabulary + masks
     vocabulary = vocabulary_of(config.model, tokens)
     return Nothing(vocabulary, tags, config.model.context, config.train.batch)
 

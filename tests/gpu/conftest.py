@@ -58,7 +58,7 @@ def opened(world: World, device: torch.device) -> tuple[DeviceWindows | None, st
     comm = world.comm.Dup()
     found, why = open_windows(world, comm, tuple(range(world.size)), "everyone")
     if found is not None:
-        found.drive_by(Progress(world.overlap), comm.Dup())
+        found.drive_by(Progress(world.until, world.overlap), comm.Dup())
     return found, why
 
 

@@ -280,7 +280,7 @@ def test_prepared(
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: _Stream(windows.card))
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
     rank, size, length = windows.comm.rank, windows.comm.size, 3000
-    progress = Progress(threaded=windows.world.overlap)
+    progress = Progress(windows.world.until, windows.world.overlap)
     windows.drive_by(progress, windows.comm.Dup())
     facts = {"root": 1} if collective == "broadcast" else {}
     spec = spec_of(windows, collective, torch.float32, length, **facts)
@@ -501,7 +501,7 @@ def aware(on_gpu: World, monkeypatch: pytest.MonkeyPatch) -> World:
 def ways_of(
     world: World, by_messages: Callable[[str, Tensor], None] = lambda way, x: None
 ) -> DeviceWays:
-    ranks, progress = tuple(range(world.size)), Progress(threaded=False)
+    ranks, progress = tuple(range(world.size)), Progress(world.until, False)
     return DeviceWays(world, world.comm, world.comm, ranks, "all", progress, by_messages)
 
 

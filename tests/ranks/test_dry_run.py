@@ -22,6 +22,9 @@ CASES = {
     "cp2.tp2": ({"kind": "bert", "heads": 6, "width": 96}, {"attention": "ulysses"}),
     "dp3.zero2": ({}, {}),
     "dp2.ep2": ({"experts": 4}, {}),
+    "pp2": ({}, {}),
+    "tp2.sp": ({}, {}),
+    "cp2": ({"kind": "bert"}, {"attention": "ulysses"}),
 }
 
 
@@ -86,8 +89,18 @@ def ranks_of(layout: str) -> int:
     return axes.get("data", 1) * axes["pipeline"] * axes["context"] * axes["tensor"]
 
 
-@pytest.mark.ranks(2, 3, 4, timeout=120)
+@pytest.mark.ranks(2, 3, timeout=120)
 def test_what_was_foretold_is_what_happens(world, monkeypatch, capsys):
+    compare(world, monkeypatch, capsys)
+
+
+@pytest.mark.slow
+@pytest.mark.ranks(4, timeout=600)
+def test_what_was_foretold_of_four_ranks_is_what_happens(world, monkeypatch, capsys):
+    compare(world, monkeypatch, capsys)
+
+
+def compare(world, monkeypatch, capsys):
     for layout in (one for one in CASES if ranks_of(one) == world.size):
         config = config_of(layout)
         kinds = dry_run(config, world.size)
