@@ -164,8 +164,11 @@ def _step(config: Config, mesh: Mesh, asked: Nothing) -> Told:
         training.sharded.step_done()
         states = living.bytes
     parameters = sum({one: one.numel() for s in training.stages for one in s.parameters()}.values())
-    sent = {"+".join(one.axes): one.sent_bytes for one in groups_of(mesh) if one.sent_bytes}
-    return Told(parameters, states, peak + made, sent)
+    sent: dict[str, float] = defaultdict(float)
+    for group in groups_of(mesh):
+        if group.sent_bytes:  # of the same axes there may be two: the ends of a pipeline are one
+            sent["+".join(group.axes)] += group.sent_bytes
+    return Told(parameters, states, peak + made, dict(sent))
 
 
 # --- what is shown --------------------------------------------------------------------------------
