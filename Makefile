@@ -28,12 +28,13 @@ train: env ## train a small GPT on 2 ranks, tensor parallel, about 3 minutes
 	$(HERE) mpirun -n 2 python -m mpmp.train --parallel.tensor 2
 
 # Grids of which make test leaves one rank and four to make test-all.
-GRIDS := test_models or test_tensor or test_memory or test_zero or test_pipeline or test_summa
-# On MPICH make test runs the rank tests on 2 and 3 ranks, of grids on 3; make test-all runs all.
-LEFT_OUT := ranks1 or ranks4 or ranks5 or (ranks2 and ($(GRIDS)))
+GRIDS := test_models or test_tensor or test_memory or test_zero or test_pipeline or test_summa or \
+	test_adjoints or test_oracle or test_reductions or test_windows or test_shares or test_collectives
+# On MPICH make test runs the rank tests on 3 ranks; make test-all runs them on all numbers.
+LEFT_OUT := ranks1 or ranks2 or ranks4 or ranks5
 
 test: lint types env-mpich ## what .ci/run calls: everything on Open MPI, ranks and some more on MPICH
-	$(BIN)/python -m pytest -k "not ((ranks1 or ranks4) and ($(GRIDS)))"
+	$(BIN)/python -m pytest -k "not ((ranks1 or ranks4 or ranks5) and ($(GRIDS)))"
 	.venv-mpich/bin/python -m pytest tests/ranks tests/system -m "(ranks or mpich_too) and not slow" -k "not ($(LEFT_OUT))"
 
 test-all: lint types env-mpich ## every row, grid and fault, on both MPI libraries

@@ -23,7 +23,8 @@ def main() -> None:
         settings = commands.cli(Generate, "mpmp.generate", __doc__ or "", sys.argv[1:], Generate())
         if not settings.checkpoint:
             raise ConfigError("mpmp.generate needs --checkpoint DIR; see --help")
-        _ = settings.texts()  # what is missing is said before MPI starts
+        if not settings.prompt and settings.prompts is None:
+            raise ConfigError("nothing to continue; give --prompt TEXT or --prompts FILE")
         from mpmp.comm import ending
         from mpmp.job.generation_run import generate
 

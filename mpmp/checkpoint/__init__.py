@@ -14,7 +14,7 @@ from mpmp.checkpoint.contents import Contents, Stored
 from mpmp.checkpoint.dealing import DamageError, read
 from mpmp.checkpoint.exporting import export
 from mpmp.checkpoint.held import Held
-from mpmp.checkpoint.loading import Found, Loaded, load, newest, tensor_files
+from mpmp.checkpoint.loading import Found, Loaded, load, look_at, newest, read_step, tensor_files
 from mpmp.checkpoint.locking import locked
 from mpmp.checkpoint.saving import Saver, save
 
@@ -30,8 +30,10 @@ __all__ = [
     "export",
     "load",
     "locked",
+    "look_at",
     "newest",
     "read",
+    "read_step",
     "save",
     "tensor_files",
 ]

@@ -20,7 +20,8 @@ from mpmp.checkpoint.pruning import Prune, prune
 from mpmp.checkpoint.resharding import Reshard, reshard
 from mpmp.checkpoint.verifying import Verify, verify
 from mpmp.comm import ending
-from mpmp.errors import ConfigError, LaunchError
+from mpmp.comm.agreement import reason
+from mpmp.errors import ConfigError, InputOutputError, LaunchError
 from mpmp.launcher import told_rank, told_size
 
 T = TypeVar("T")
@@ -68,7 +69,17 @@ def main() -> None:
                 f"mpmp.checkpoint works in one process and {told_size()} were started; leave "
                 "mpirun out"
             )
-    ending.run(lambda: verb.work(asked))
+
+    def work() -> None:
+        try:
+            verb.work(asked)
+        except OSError as error:
+            pruned = "; was the step pruned meanwhile?" if type(error) is FileNotFoundError else ""
+            raise InputOutputError(
+                f"{name} {asked.folder} failed: {reason(error, '')}{pruned}"
+            ) from error
+
+    ending.run(work)
 
 
 def _verb(arguments: Sequence[str]) -> tuple[str, list[str]]:

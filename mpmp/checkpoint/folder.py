@@ -17,13 +17,14 @@ import os
 import re
 import shutil
 import stat
+from collections.abc import Collection
 from pathlib import Path
 
 from mpmp.checkpoint import manifest
 from mpmp.checkpoint.blocks import open_plain
 from mpmp.checkpoint.manifest import Manifest
 from mpmp.checkpoint.points import point
-from mpmp.errors import CheckpointError
+from mpmp.errors import CheckpointError, InputOutputError
 
 LATEST = "latest"
 _STEP = re.compile(r"step_([0-9]{8,18})(\.[0-9]{1,9})?")
@@ -35,9 +36,9 @@ def step_name(step: int) -> str:
 
 
 def free_name(folder: Path, step: int) -> str:
-    """Name of a step's folder that is not taken yet."""
+    """Name of a step's folder that is not taken yet, nor by what a dead save has left."""
     name, number = step_name(step), 1
-    while os.path.lexists(folder / name):
+    while os.path.lexists(folder / name) or os.path.lexists(folder / f"{name}.tmp"):
         number += 1
         name = f"{step_name(step)}.{number}"
     return name
@@ -81,6 +82,15 @@ def read_manifest(step_folder: Path) -> tuple[str, Manifest]:
     return text, found
 
 
+def require_room(unfinished: Path, size_bytes: int, free_bytes: int) -> None:
+    """Raise InputOutputError where what is to be written to a step's folder has no room."""
+    if size_bytes > free_bytes:
+        raise InputOutputError(
+            f"{unfinished.stem} needs {size_bytes / 1e6:,.2f} MB but {unfinished.parent} has room "
+            f"for {free_bytes / 1e6:,.2f} MB; make room or choose another folder"
+        )
+
+
 # --- changes ------------------------------------------------------------------------------------
 
 
@@ -95,8 +105,12 @@ def write_durably(path: Path, text: str) -> None:
 def replace_durably(path: Path, text: str) -> None:
     """Give a file new content: whenever the job is killed, it holds the old or the new."""
     aside = path.with_name(path.name + ".tmp")
-    write_durably(aside, text)
-    os.replace(aside, path)
+    try:
+        write_durably(aside, text)
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
 
 
@@ -123,12 +137,12 @@ def remove(path: Path) -> None:
         pass
 
 
-def prune(folder: Path, keep: int) -> list[str]:
-    """Remove all but the ``keep`` checkpoints saved last, and what unfinished saves have left.
+def prune(folder: Path, keep: int, distrusted: Collection[str] = ()) -> list[str]:
+    """Remove the checkpoints that are :func:`doomed`, and what unfinished saves have left.
 
     Returns the names of those removed.
     """
-    names = doomed(folder, keep)
+    names = doomed(folder, keep, distrusted)
     for name in names:
         # Renamed first, so that what is left by a kill half-way is not taken for a checkpoint.
         os.rename(folder / name, folder / f"{name}.tmp")
@@ -139,26 +153,29 @@ def prune(folder: Path, keep: int) -> list[str]:
     return names
 
 
-def doomed(folder: Path, keep: int) -> list[str]:
-    """Names of the checkpoints that are too old where ``keep`` are kept.
+def doomed(folder: Path, keep: int, distrusted: Collection[str] = ()) -> list[str]:
+    """Names of the checkpoints that are older than the ``keep`` saved last.
 
-    One whose shards are missing or of a wrong length does not count and goes, too; one whose
-    manifest cannot be read stays, for a later mpmp may have written it.
+    One whose shards are missing or of a wrong length does not count and goes, too; one that is
+    ``distrusted`` does not count, and goes when it is too old; one whose manifest cannot be read
+    stays, for a later mpmp may have written it.
     """
     whole: list[tuple[int, str]] = []
     found: list[str] = []
     for name in step_folders(folder):
         try:
             one = read_manifest(folder / name)[1]
-        except CheckpointError:
+            is_whole = all(
+                _length(folder / name / file) == said.size_bytes for file, said in one.files.items()
+            )
+        except (CheckpointError, OSError):
             continue
-        if all(
-            _length(folder / name / file) == said.size_bytes for file, said in one.files.items()
-        ):
+        if is_whole:
             whole.append((one.serial, name))
         else:
             found.append(name)
-    return found + [name for _, name in sorted(whole)[:-keep]]
+    kept = sorted(one for one in whole if one[1] not in distrusted)[-keep:]
+    return found + [one[1] for one in sorted(whole) if [one] < kept[:1]]
 
 
 def _length(path: Path) -> int:

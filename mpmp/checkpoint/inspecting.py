@@ -145,9 +145,9 @@ def _counted(number: int, noun: str) -> str:
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns as wide as they must be; names to the left, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    columns = list(zip(*rows, strict=True))
-    right = [all(cell[:1].isdigit() or not cell for cell in column) for column in columns]
+    columns = list(zip(head, *rows, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    right = [all(cell[:1].isdigit() or not cell for cell in column[1:]) for column in columns]
     lines = [
         "  ".join(
             cell.rjust(width) if to_right else cell.ljust(width)

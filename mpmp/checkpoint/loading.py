@@ -48,6 +48,8 @@ class Loaded:
     meta: dict[str, Any]
     skipped: tuple[str, ...]
     """One sentence for each checkpoint that was passed over."""
+    damaged: tuple[str, ...]
+    """Names of those whose files are not what they were."""
     read_bytes: int
 
 
@@ -58,16 +60,18 @@ def load(folder: Path, wants: Wants, mesh: Mesh) -> Loaded:
     and what ``wants`` raises on any rank.
     """
     names, skipped = _survey(folder, mesh)
+    damaged: list[str] = []
     for name in names:
-        found = _found(folder / name, mesh)
+        found = look_at(folder / name, mesh)
         held = _agreed(wants, found, mesh)
         try:
             read_bytes = read(found.contents, held, mesh)
         except DamageError as error:
             skipped.append(f"{name}: {error}")
+            damaged.append(name)
             continue
         said = found.path, found.step, found.layout, found.meta
-        return Loaded(*said, tuple(skipped), read_bytes)
+        return Loaded(*said, tuple(skipped), tuple(damaged), read_bytes)
     raise _none_good(folder, skipped)
 
 
@@ -79,7 +83,23 @@ def newest(folder: Path, mesh: Mesh) -> Found:
     names, skipped = _survey(folder, mesh)
     if not names:
         raise _none_good(folder, skipped)
-    return _found(folder / names[0], mesh)
+    return look_at(folder / names[0], mesh)
+
+
+def look_at(path: Path, mesh: Mesh) -> Found:
+    """What a step says of itself; all ranks together. CheckpointError where it is not good."""
+    # Rank 0's text on all ranks: they cannot see different manifests.
+    text = on_first(f"read {path}", lambda: run_folder.read_manifest(path)[0], mesh)
+    one = manifest.parse(text)
+    return Found(path, one.step, one.layout, dict(one.meta), one.contents(path))
+
+
+def read_step(path: Path, contents: Contents, held: Sequence[Held], mesh: Mesh) -> None:
+    """Fill tensors from one step and no other; all ranks together, and raises as :func:`read`."""
+    try:
+        read(contents, held, mesh)
+    except DamageError as error:
+        raise DamageError(f"{path}: {error}; name an older step's folder") from None
 
 
 def _agreed(wants: Wants, found: Found, mesh: Mesh) -> list[Held]:
@@ -120,19 +140,15 @@ def tensor_files(paths: Sequence[Path], mesh: Mesh) -> Contents:
 
 def _header(path: Path) -> list[Any]:
     """Where a file is, its length, and the tensors it holds, in JSON's types."""
-    real = path.resolve()
+    try:
+        real = path.resolve()
+    except RuntimeError:  # what pathlib raises up to Python 3.12
+        raise CheckpointError("is a symbolic link to itself") from None
     with open_plain(str(real)) as file:
         size = os.fstat(file.fileno()).st_size
         entries = tensorfile.read_entries(file.read, size)
     told = [[one.name, tensorfile.NAMES[one.dtype], one.shape, one.offset] for one in entries]
     return [str(real), size, told]
-
-
-def _found(path: Path, mesh: Mesh) -> Found:
-    # Rank 0's text on all ranks: they cannot see different manifests.
-    text = on_first(f"read {path}", lambda: run_folder.read_manifest(path)[0], mesh)
-    one = manifest.parse(text)
-    return Found(path, one.step, one.layout, dict(one.meta), one.contents(path))
 
 
 def _survey(folder: Path, mesh: Mesh) -> tuple[list[str], list[str]]:

@@ -28,6 +28,7 @@ from mpmp import __version__
 from mpmp.checkpoint.blocks import Fingerprint
 from mpmp.checkpoint.contents import Contents, File, Piece, Stored
 from mpmp.checkpoint.extents import Box, volume
+from mpmp.checkpoint.meta import require_known_types
 from mpmp.checkpoint.tensorfile import DTYPES, NAMES, parse_object
 from mpmp.errors import CheckpointError
 
@@ -85,7 +86,11 @@ def parse(text: str) -> Manifest:
             f"this mpmp ({__version__}) reads format {FORMAT}"
         )
     # Equal to the canonical text: no byte can change, not even one that means nothing.
-    if digest != _digest(content) or text != _canonical({**content, "sha256": digest}):
+    try:
+        as_saved = digest == _digest(content) and text == _canonical({**content, "sha256": digest})
+    except RecursionError as error:
+        raise CheckpointError(f"has a manifest that makes no sense ({error})") from None
+    if not as_saved:
         raise CheckpointError("has a damaged manifest: its SHA-256 is not the one saved")
     version = content.get("format")
     if type(version) is not int or version < 1:
@@ -98,8 +103,9 @@ def parse(text: str) -> Manifest:
     try:
         meta, layout = content["meta"], content["layout"]
         step, serial = _length(content["step"]), _length(content["serial"])
-        if not isinstance(meta, dict) or not isinstance(layout, str):
-            raise ValueError("no meta or no layout")
+        if not isinstance(layout, str):
+            raise ValueError("no layout")
+        require_known_types(meta)
         if not all(_SHARD.fullmatch(name) for name in content["files"]):
             raise ValueError(f"{sorted(content['files'])[:3]} are not names of shards")
         files = {name: fingerprint(one) for name, one in content["files"].items()}

@@ -9,7 +9,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import mpmp
 from mpmp.config import Model
@@ -40,10 +40,10 @@ class Described:
 def metadata(step: int, meta: Mapping[str, Any]) -> dict[str, str]:
     """Of the merged model whose checkpoint has ``meta``; safetensors takes texts only."""
     found = {"format": "pt", "mpmp": mpmp.__version__, "step": str(step)}
-    if isinstance(meta.get("config"), dict):
+    if "model" in meta.get("config", {}):
         found["model"] = json.dumps({**meta["config"]["model"], "weights": None})
     if meta.get("tags"):
-        found["tags"] = json.dumps(list(meta["tags"]))
+        found["tags"] = json.dumps(meta["tags"])
     return found
 
 
@@ -55,17 +55,32 @@ def described(said: Mapping[str, Any], where: str) -> Described | None:
         tags = json.loads(said.get("tags", "[]"))
         model = {**json.loads(said["model"]), "vocabulary": said[ROWS]}
         return described_by({"model": model}, tags, where)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{where} has metadata that makes no sense ({error})") from None
 
 
 def described_by(settings: Mapping[str, Any], tags: Any, where: str) -> Described:
     """The model of saved settings (``to_dict`` of a Config), and of the tags that it gives."""
     try:
-        model = dataclasses.replace(Model(**settings["model"]), weights=where)
-        names = tuple(str(one) for one in tags or ())
-    except (KeyError, TypeError, ConfigError) as error:
+        model = dataclasses.replace(_model(dict(settings["model"])), weights=where)
+        names = tuple(tags or ())
+        if isinstance(tags, str) or not all(isinstance(one, str) for one in names):
+            raise TypeError(f"tags {tags!r:.80}")
+    except (KeyError, TypeError, ValueError, OverflowError, ConfigError) as error:
         raise CheckpointError(
             f"{where} tells of its model what this mpmp does not understand ({error!s:.200})"
         ) from None
     return Described(model, names, "tags" if names else "words")
+
+
+def _model(said: Mapping[str, Any]) -> Model:
+    """Settings out of a file as a model, each of its field's type; else KeyError or TypeError."""
+    hints, found = get_type_hints(Model), dict[str, Any]()
+    for name, value in said.items():
+        kinds = get_args(hints[name]) or (hints[name],)
+        listed = get_origin(hints[name]) is Literal
+        is_real = type(value) in (int, float) and float in kinds
+        if not is_real and (value if listed else type(value)) not in kinds:
+            raise TypeError(f"{name} {value!r:.80}")
+        found[name] = float(value) if is_real else value
+    return Model(**found)

@@ -10,9 +10,9 @@ import torch
 
 from mpmp.checkpoint.alone import ALONE
 from mpmp.checkpoint.chosen import choose
-from mpmp.checkpoint.dealing import read
 from mpmp.checkpoint.exporting import export
 from mpmp.checkpoint.held import Held
+from mpmp.checkpoint.loading import read_step
 from mpmp.checkpoint.merged import metadata
 from mpmp.errors import ConfigError
 
@@ -37,6 +37,10 @@ def merge(asked: Merge) -> None:
     target = Path(asked.to) if asked.to is not None else chosen.run / "model.safetensors"
     if asked.to is None and os.path.lexists(target):
         raise ConfigError(f"{target} is there already; name another file with --to")
+    if target.is_dir():
+        raise ConfigError(
+            f"--to {target} is a folder; name the file, as in --to {target / 'model.safetensors'}"
+        )
     for sentence in chosen.bad():
         print(f"passed over: {sentence}")
     prefix = "weight/"
@@ -45,7 +49,8 @@ def merge(asked: Merge) -> None:
         for key, one in found.tensors.items()
         if key.startswith(prefix)
     }
-    read(found.contents(path), [Held.whole(key, one) for key, one in weights.items()], ALONE)
+    held = [Held.whole(key, one) for key, one in weights.items()]
+    read_step(path, found.contents(path), held, ALONE)
     merged = {key.removeprefix(prefix): one for key, one in sorted(weights.items())}
     export(target, merged, metadata(found.step, found.meta), ALONE)
     size = sum(one.nbytes for one in merged.values())

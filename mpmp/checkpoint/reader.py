@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,9 +24,9 @@ class Reader:
     """Gives blocks of files, of zeros from the first ``fault`` on."""
 
     def __init__(self, files: Catalogue) -> None:
-        self._files, self._stack = files, ExitStack()
-        self._open: dict[int, BinaryIO] = {}
+        self._files = files
         self.read_bytes = 0
+        """Of all blocks that were asked for; with a fault nobody uses any."""
         self.fault: str | None = None
 
     def __enter__(self) -> Reader:
@@ -41,39 +40,22 @@ class Reader:
         traceback: TracebackType | None,
     ) -> None:
         self._pool.shutdown(cancel_futures=True)
-        self._stack.close()
 
     def start(self, blocks: Sequence[int]) -> dict[int, Block]:
         """Have blocks under way."""
-        return {block: self._pool.submit(self._read, *self._place(block)) for block in blocks}
+        self.read_bytes += sum(map(self._files.block_bytes, blocks))
+        return {block: self._pool.submit(self._read, block) for block in blocks}
 
-    def _place(self, block: int) -> tuple[int, int]:
-        """The file of a block, opened, and the block's number in it."""
+    def _read(self, block: int) -> NDArray[Any]:
         file, number = self._files.place(block)
-        if file not in self._open and self.fault is None:
-            one = self._files.files[file]
-            with self._noting(file):
-                opened = open_saved(one.path, one.fingerprint)
-                self._open[file] = self._stack.enter_context(opened)
-        return file, number
-
-    def _read(self, file: int, number: int) -> NDArray[Any]:
-        expected = self._files.files[file].fingerprint
-        with self._noting(file):
-            if self.fault is None:
-                block = read_block(self._open[file], expected, number)
-                self.read_bytes += len(block)
-                return block
-        start, stop = expected.bounds(number)
-        return np.zeros(stop - start, dtype=np.uint8)
-
-    @contextmanager
-    def _noting(self, file: int) -> Iterator[None]:
-        """Keep what goes wrong with a file, in a sentence."""
-        name = self._files.files[file].path.name
+        path, expected = self._files.files[file].path, self._files.files[file].fingerprint
         try:
-            yield
+            if self.fault is None:
+                # Opened for each block: a step may have more files than a process may have open.
+                with open_saved(path, expected) as opened:
+                    return read_block(opened, expected, number)
         except CheckpointError as error:
-            self.fault = self.fault or f"{name} {error}"
+            self.fault = self.fault or f"{path.name} {error}"
         except OSError as error:
-            self.fault = self.fault or f"{name} cannot be read: {reason(error, '')}"
+            self.fault = self.fault or f"{path.name} cannot be read: {reason(error, path.name)}"
+        return np.zeros(self._files.block_bytes(block), dtype=np.uint8)

@@ -23,14 +23,15 @@ from mpmp.checkpoint.alone import ALONE
 from mpmp.checkpoint.blocks import write_file
 from mpmp.checkpoint.chosen import choose
 from mpmp.checkpoint.contents import Stored
-from mpmp.checkpoint.dealing import read
 from mpmp.checkpoint.extents import Extent
 from mpmp.checkpoint.held import Held
+from mpmp.checkpoint.huggingface import copy_tokenizer
+from mpmp.checkpoint.loading import read_step
 from mpmp.checkpoint.locking import locked
 from mpmp.checkpoint.manifest import Manifest
 from mpmp.checkpoint.saving import last_serial, publish, shard_name
 from mpmp.checkpoint.shard import in_place
-from mpmp.checkpoint.sharing import Holding, share_out, stored
+from mpmp.checkpoint.sharing import Holding, share_out, size_of, stored
 from mpmp.comm.agreement import on_first
 from mpmp.comm.imagined import imagined
 from mpmp.comm.mesh import Mesh
@@ -39,9 +40,6 @@ from mpmp.errors import CheckpointError, ConfigError
 from mpmp.parallel import zero
 from mpmp.parallel.parts import parts
 from mpmp.programs import schedules
-
-_TOKENIZER = "tokenizer.json"
-"""Lies in the folder of a run that used one; its model says nothing without it."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +72,7 @@ def reshard(asked: Reshard) -> None:
 
     def work() -> str:
         name = cut_anew(path, found, every, to, layout)
-        if (chosen.run / _TOKENIZER).is_file() and not (to / _TOKENIZER).exists():
-            shutil.copyfile(chosen.run / _TOKENIZER, to / _TOKENIZER)
+        copy_tokenizer(chosen.run, to)
         return name
 
     with locked(to, ALONE):
@@ -95,11 +92,12 @@ def cut_anew(
     unfinished = to / f"{name}.tmp"
     unfinished.mkdir()
     try:
+        run_folder.require_room(unfinished, size_of(shares), shutil.disk_usage(unfinished).free)
         files = {}
         for rank, share in enumerate(shares):
             if share is not None:
                 held = [_empty(one) for one, _ in share.pieces]
-                read(contents, held, ALONE)
+                read_step(path, contents, held, ALONE)
                 files[shard_name(rank)] = write_file(
                     unfinished / shard_name(rank), in_place(share, held)
                 )
@@ -131,22 +129,25 @@ class _Settings:
 
     model: Model
     parallel: Parallel
+    dtype: torch.dtype
     vocabulary: int
     tags: int
-    cut: str
 
 
 def _settings(path: Path, found: Manifest) -> _Settings:
     try:
         said: dict[str, Any] = found.meta["config"]
-        model, parallel = Model(**said["model"]), Parallel(**said["parallel"])
-        vocabulary = found.tensors["weight/embedding.weight"].shape[0]
-        tags, cut = len(found.meta.get("tags") or ()), str(found.meta.get("cut", "even"))
-    except (KeyError, TypeError, ConfigError) as error:
+        model = Model(**said["model"])
+        parallel = Parallel(**{**said["parallel"], "cut": found.meta.get("cut", "even")})
+        words = found.tensors["weight/embedding.weight"]
+        vocabulary, tags = words.shape[0], len(found.meta.get("tags") or ())
+        if not words.dtype.is_floating_point:
+            raise TypeError(f"weights of {words.dtype}")
+    except (LookupError, TypeError, ConfigError) as error:
         raise CheckpointError(
             f"{path} does not say how its model is made ({error!r:.200}), so it cannot be cut anew"
         ) from None
-    return _Settings(model, parallel, vocabulary, tags, cut)
+    return _Settings(model, parallel, words.dtype, vocabulary, tags)
 
 
 def _pieces(mesh: Mesh, settings: _Settings) -> list[zero.Piece]:
@@ -154,7 +155,7 @@ def _pieces(mesh: Mesh, settings: _Settings) -> list[zero.Piece]:
     model, parallel, pipeline = settings.model, settings.parallel, mesh.pipeline
     schedule = schedules.find(parallel.schedule)
     stages = schedule.chunks * pipeline.size
-    cut = settings.cut if settings.cut.count(",") + 1 == stages else "even"
+    cut = parallel.cut if parallel.cut.count(",") + 1 == stages else "even"
     made: list[models.TransformerStage] = []
     with torch.device("meta"):
         for part in parts(schedule, pipeline.rank, pipeline.size, model.layers, cut):
@@ -164,7 +165,7 @@ def _pieces(mesh: Mesh, settings: _Settings) -> list[zero.Piece]:
                     model,
                     settings.vocabulary,
                     mesh,
-                    torch.float32,
+                    settings.dtype,
                     part,
                     sequence=mesh.sequence,
                     attention=parallel.attention,

@@ -17,8 +17,9 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ from mpmp.checkpoint.held import Held
 from mpmp.checkpoint.manifest import Manifest
 from mpmp.checkpoint.points import point
 from mpmp.checkpoint.shard import Buffer, holding, in_place
-from mpmp.checkpoint.sharing import Holding, Share, share_out, stored
+from mpmp.checkpoint.sharing import Holding, Share, share_out, size_of, stored
 from mpmp.checkpoint.tensorfile import DTYPES, NAMES
 from mpmp.comm.agreement import AGREED, exchange, on_first, together
 from mpmp.errors import CheckpointError, InputOutputError
@@ -72,6 +73,11 @@ class Saver:
         self._task: _Task | None = None
         self._publish: Callable[[Sequence[Any]], None] | None = None
         self._name = ""
+        self._distrusted: Collection[str] = ()
+
+    def distrust(self, names: Collection[str]) -> None:
+        """Do not count steps among those to keep: loading has found them damaged."""
+        self._distrusted = names
 
     def begin(self, step: int, held: Sequence[Held], meta: Mapping[str, Any]) -> None:
         """Save a step, or begin to; all ranks together, and none is under way."""
@@ -155,7 +161,8 @@ class Saver:
         """Make the empty folder of a save; its name."""
         folder.mkdir(parents=True, exist_ok=True)
         for name in run_folder.unfinished(folder):
-            run_folder.remove(folder / name)
+            with suppress(OSError):  # it takes room, but no save needs its name
+                run_folder.remove(folder / name)
         if self._serial is None:
             self._serial = last_serial(folder)
         name = run_folder.free_name(folder, step)
@@ -175,12 +182,7 @@ class Saver:
             return shutil.disk_usage(unfinished).free
 
         free = min(together(f"look for room in {unfinished}", look, mesh))
-        total = sum(one.size_bytes for one in self._shares if one is not None)
-        if total > free:
-            raise InputOutputError(
-                f"{self._name} needs {total / 1e6:,.2f} MB but {self._folder} has room for "
-                f"{free / 1e6:,.2f} MB; make room or choose another --checkpoint.dir"
-            )
+        run_folder.require_room(unfinished, size_of(self._shares), free)
 
     def _writing(self, share: Share | None, held: Sequence[Held]) -> Callable[[], Any]:
         """What the thread does: the rank's shard, and the fingerprint that comes of it."""
@@ -211,7 +213,8 @@ class Saver:
         self._serial += 1
         whole = Manifest(step, self._serial, self._mesh.layout, files, tensors, meta)
         publish(folder, name, whole)
-        run_folder.prune(folder, self._keep)
+        with suppress(OSError):  # the checkpoint is there; the next save tries again
+            run_folder.prune(folder, self._keep, self._distrusted)
         point("pruned")
 
     def _give_up(self) -> None:

@@ -71,6 +71,11 @@ def share_out(held: Sequence[Sequence[Holding]]) -> list[Share | None]:
     return [_share(one) if one else None for one in written]
 
 
+def size_of(shares: Iterable[Share | None]) -> int:
+    """Bytes of all shards."""
+    return sum(one.size_bytes for one in shares if one is not None)
+
+
 def stored(shares: Sequence[Share | None], held: Iterable[Holding]) -> dict[str, Stored]:
     """The tensors of a checkpoint by key, with their pieces; files are counted by the ranks."""
     kinds = {one.key: (one.dtype, one.shape) for one in held}

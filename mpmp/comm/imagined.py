@@ -32,6 +32,10 @@ class _World:
     size: int
     device: torch.device
 
+    def gather_texts(self, text: str) -> list[str]:
+        """All ranks say the same."""
+        return [text] * self.size
+
 
 class Imagined:
     """A group that carries nothing; ``axes`` are those of the mesh along which its ranks differ.

@@ -2,7 +2,8 @@
 
 Each training step takes and gives back the same activations. glibc's malloc returns them to the
 system whenever enough is free, and gets them again page by page, each filled with zeros by the
-kernel: 18,000 pages and 41 ms of a step of 400 ms (docs/log.md).
+kernel: 15,800 pages of a step on one thread, 4 with this; what that gains in time was within noise
+(docs/log.md).
 """
 
 from __future__ import annotations
@@ -20,5 +21,8 @@ def keep_freed() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None or told or "malloc" in os.environ.get("GLIBC_TUNABLES", ""):
         return
-    mallopt(_TRIM_THRESHOLD, _KEPT_BYTES)
-    mallopt(_MMAP_THRESHOLD, _KEPT_BYTES)
+    # Older glibc takes at most 32 MiB here; a trim threshold alone would leave this one at 128 KiB.
+    for most in (_KEPT_BYTES, 32 << 20):
+        if mallopt(_MMAP_THRESHOLD, most):
+            mallopt(_TRIM_THRESHOLD, _KEPT_BYTES)
+            return

@@ -37,8 +37,8 @@ def alltoall_uneven(
 ) -> Tensor:
     """The rows that every rank has for this one; ``send_lengths`` are this rank's for each.
 
-    ``take_lengths`` are every rank's for this one, if they are known: what comes in another length
-    is an error all the same, where it comes.
+    ``take_lengths`` are every rank's for this one, if they are known, and are believed: another
+    length is an error where it comes, but rows for a rank that says 0 meet its next call.
     """
     if algorithm not in (None, "auto", ALGORITHM):
         raise ConfigError(

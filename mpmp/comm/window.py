@@ -117,9 +117,12 @@ class Windows:
         """The same; whether all ranks' buffers lie in their shares: ``offset`` is this one's."""
         assert self._lane is not None
         self.settle()
+        retired = list(self.retired)
         call = meeting(spec, self._lane)
         call.place(offset)
-        return self.finish(call, spec) == DONE
+        found = self.finish(call, spec) == DONE
+        self._drop(retired)  # all ranks have come here, so none is in them
+        return found
 
     def carry_out(
         self, spec: Spec, reduction: Reduction, x: Tensor, at: int, result: Tensor, start: int

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from mpmp.comm.reductions import Reduction
@@ -40,6 +41,7 @@ class WindowOperation:
         everywhere = windows.reachable(spec, offset)  # before anything of it is opened
         self._in_place = everywhere and not window_algorithm(spec).slots
         self._call: WindowCall | None = None
+        self._seen = not self._in_place and not x.is_inference()
         in_slots = None if self._in_place else program_in_slots(spec, windows.size)
         if in_slots or self._in_place:
             room = min(slot_bytes(spec, windows.size), windows.slot_bytes) if in_slots else 0
@@ -83,6 +85,8 @@ class WindowOperation:
                 raise TensorError(f"{self.spec} was freed; prepare it anew")
             self._outcome = WAITING
             return
+        if self._seen:
+            torch.autograd.graph.increment_version(self.output)  # autograd does not see C's stores
         try:
             self._outcome = call.advance(patience)
         except BaseException:

@@ -55,8 +55,10 @@ class ByteTokenizer:
 
     def decode(self, ids: Sequence[int] | NDArray[Any]) -> str:
         array = np.asarray(ids, np.int64)
-        data = np.where(array == self.end_of_text, ord("\n"), array).astype(np.uint8)
-        return data.tobytes().decode(errors="replace")
+        # A model may have more tokens than there are bytes: they mean nothing.
+        data = np.where(array > 255, ord("?"), array)
+        data[array == self.end_of_text] = ord("\n")
+        return data.astype(np.uint8).tobytes().decode(errors="replace")
 
 
 class FileTokenizer:

@@ -11,6 +11,7 @@ experts are taken to be asked evenly. The library's own memory and that of Pytho
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -19,12 +20,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from mpmp.checkpoint import huggingface
 from mpmp.comm.imagined import groups_of, imagined
 from mpmp.comm.mesh import Mesh, fit, layout_of
 from mpmp.config import Config
+from mpmp.data import wordpiece
 from mpmp.data.objective import Sequences
 from mpmp.data.tagging import tags_of
 from mpmp.data.tokens import tokenizer_of
+from mpmp.errors import ConfigError
 from mpmp.job.beginning import vocabulary_of
 from mpmp.job.report import Reporter, table
 from mpmp.job.tagging import read_files
@@ -81,6 +85,11 @@ def dry_run(config: Config, ranks: int | None) -> list[Kind]:
 def _laid_out(config: Config, ranks: int | None) -> tuple[Config, str]:
     """The configuration and the name of its layout in a world of that many ranks."""
     parallel = config.parallel
+    if parallel.cut == "measured":
+        raise ConfigError(
+            "parallel.cut measured times layers, and those of a dry run take no time; give numbers "
+            "of layers, as in 3,3,2"
+        )
     axes = parallel.axes
     if ranks is None:
         inner = parallel.pipeline * parallel.context * parallel.tensor
@@ -122,11 +131,16 @@ class Nothing:
 def _asked(config: Config) -> Nothing:
     """As many tokens and tags as the tokenizer and the text have."""
     if config.task == "tagging":
-        tags = len(tags_of(read_files(config)["train"]))
-        learnt = config.data.tokenizer is None
-        tokens = (
-            config.data.vocabulary if learnt else tokenizer_of(config.data.tokenizer).vocabulary
-        )
+        train = read_files(config)["train"]
+        weights = config.model.weights
+        described = None if weights is None else huggingface.describe(weights)
+        tags = len((described.tags if described else ()) or tags_of(train))
+        if config.data.tokenizer is None:
+            words = [word for one in train.sentences for word in one.words]
+            learnt = wordpiece.learn(words, config.data.vocabulary)
+            tokens = wordpiece.WordPieces(learnt, "the learnt tokenizer").vocabulary
+        else:
+            tokens = tokenizer_of(os.path.expanduser(config.data.tokenizer)).vocabulary
     else:
         tokenizer = tokenizer_of(config.data.tokenizer)
         # Words are masked by a token more where the tokenizer has none for it.

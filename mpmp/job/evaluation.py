@@ -35,8 +35,8 @@ def evaluate(settings: config.Config, asked: Asked) -> None:
     trained = loaded.find_together(asked.checkpoint, mesh)
     _require_same(trained.config.model, settings.model, asked.checkpoint)
     objective = setup.make_objective(settings, setup.read_corpus(settings, world))
-    # Weights of other files than a run's are what a training may begin from.
-    begins = replace(settings, model=trained.config.model)
+    # Weights of other files than a run's are what a training begins from that is not resumed.
+    begins = replace(settings, model=trained.config.model, checkpoint=config.Checkpoint())
     training = Training(_with_batch(begins, mesh), mesh, objective)
     for line in training.notes:
         report.line(line)

@@ -104,6 +104,8 @@ class Generation:
                 batches = [batch for batch in batches if batch.rows]
                 if number == 0:
                     prompted = now(self._device)
+                if not batches:
+                    break
         prompt_tokens = sum(len(row.prompt) for row in rows)
         new_tokens = sum(len(row.tokens) - 1 for row in rows)
         return Speeds(

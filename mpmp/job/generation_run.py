@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from mpmp import config
+from mpmp.checkpoint import huggingface
 from mpmp.comm.agreement import on_first
 from mpmp.comm.mesh import Mesh
 from mpmp.comm.world import start
@@ -61,7 +62,8 @@ def _generate(settings: Generate, mesh: Mesh) -> None:
     stage.settle()
     for line in notes:
         report.line(line)
-    ends = Ends(settings.tokens, model.context, settings.stop, _numbers(settings, tokenizer))
+    numbers = _numbers(trained, tokenizer, mesh) if settings.end else frozenset()
+    ends = Ends(settings.tokens, model.context, settings.stop, numbers)
     rows = [Continuation(n, prompts[n], tokenizer, ends) for n in range(start, stop)]
     screen = Screen(mesh.world.rank == 0, texts, rows)
     choice = Choice(settings.temperature, settings.top_k, settings.top_p, settings.seed)
@@ -106,7 +108,8 @@ def encoded(
 def _tokenizer(settings: Generate, trained: loaded.Trained) -> Tokenizer:
     path, model = settings.tokenizer or trained.config.data.tokenizer, trained.config.model
     found = tokenizer_of(path)
-    if path is None and model.vocabulary not in (None, found.vocabulary):
+    own = trained.is_run or trained.is_step  # which have a tokenizer's file where one was used
+    if path is None and not own and model.vocabulary not in (None, found.vocabulary):
         raise ConfigError(
             f"{trained.path} has {model.vocabulary} tokens and no tokenizer.json beside it; give "
             "the tokenizer's file by --tokenizer"
@@ -114,9 +117,13 @@ def _tokenizer(settings: Generate, trained: loaded.Trained) -> Tokenizer:
     return found
 
 
-def _numbers(settings: Generate, tokenizer: Tokenizer) -> frozenset[int]:
-    ends = settings.end and tokenizer.end_of_text is not None
-    return frozenset({tokenizer.end_of_text} if ends else ())  # type: ignore[arg-type]
+def _numbers(trained: loaded.Trained, tokenizer: Tokenizer, mesh: Mesh) -> frozenset[int]:
+    """The tokens that end a text, by the tokenizer and by a Hugging Face folder."""
+    found = set() if tokenizer.end_of_text is None else {tokenizer.end_of_text}
+    if trained.is_foreign:
+        path = trained.path
+        found |= {*on_first(f"read {path}", lambda: huggingface.ends_of_text(path), mesh)}
+    return frozenset(found)
 
 
 # --- what is shown at the end ---------------------------------------------------------------------

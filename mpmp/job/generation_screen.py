@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 from typing import TextIO
 
 from mpmp.job.generation_text import Continuation
@@ -25,7 +26,7 @@ class Screen:
         stream: TextIO | None = None,
     ) -> None:
         self._speaks, self._prompts, self._rows = speaks, prompts, rows
-        self._stream = stream or (_terminal() if speaks else None) or sys.stdout
+        self._stream = stream or (_terminal() if speaks else None) or _output()
         self._at = 0
         self._began = False
 
@@ -56,6 +57,13 @@ class Screen:
         if text:
             self._stream.write(text)
             self._stream.flush()
+
+
+def _output() -> TextIO:
+    """This process's own; signs that its encoding has not are shown as question marks."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    return sys.stdout
 
 
 def _terminal() -> TextIO | None:

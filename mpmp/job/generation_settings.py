@@ -10,6 +10,8 @@ from mpmp.config import Comm, parse_layout
 from mpmp.errors import ConfigError, InputOutputError, LayoutError
 
 _LARGEST_PROMPTS = 64 << 20
+_COLDEST = 1e-6
+"""Of a nearly 0 logits overflow, long after only the likeliest token is drawn."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,8 @@ class Generate:
 
         require(self.tokens >= 1, f"--tokens must be at least 1, not {self.tokens}")
         require(
-            0 <= self.temperature < float("inf"),
-            f"--temperature must be 0 or more, not {self.temperature}",
+            self.temperature == 0 or _COLDEST <= self.temperature < float("inf"),
+            f"--temperature must be 0 or at least {_COLDEST}, not {self.temperature}",
         )
         require(self.top_k is None or self.top_k >= 1, f"--top-k must be at least 1: {self.top_k}")
         require(0 < self.top_p <= 1, f"--top-p must lie in (0, 1], not {self.top_p}")
@@ -82,17 +84,25 @@ class Generate:
         return found
 
     def texts(self) -> list[str]:
-        """All prompts; ConfigError or InputOutputError where there are none to be had."""
+        """All prompts, a file read; ConfigError or InputOutputError where that cannot be."""
         found = list(self.prompt)
         if self.prompts is not None:
             try:
                 if Path(self.prompts).stat().st_size > _LARGEST_PROMPTS:
                     raise ConfigError(f"--prompts {self.prompts} is longer than 64 MiB")
-                found += Path(self.prompts).read_text(encoding="utf-8").splitlines()
+                text = Path(self.prompts).read_text(encoding="utf-8-sig")
+                # Other signs at which Python ends a line are part of a prompt.
+                found += text.removesuffix("\n").split("\n") if text else []
             except (OSError, UnicodeDecodeError) as error:
                 raise InputOutputError(
                     f"--prompts {self.prompts} cannot be read ({error}); give a text file"
                 ) from None
         if not found:
-            raise ConfigError("there is nothing to continue; give --prompt TEXT or --prompts FILE")
+            raise ConfigError(f"nothing to continue; --prompts {self.prompts} is empty")
+        for number, one in enumerate(found, 1):
+            if not one.isascii() and any("\ud800" <= sign <= "\udfff" for sign in one):
+                raise ConfigError(
+                    f"prompt {number} has bytes that are not UTF-8; set the terminal to UTF-8, or "
+                    "give the text by --prompts FILE"
+                )
         return found

@@ -11,6 +11,8 @@ _BROKEN = "\ufffd"
 """Stands in a decoded text where bytes are no character, or none yet."""
 _WINDOW = 8
 """Tokens that are decoded again with new ones: tokenizers join some to their neighbours."""
+_CHARACTER = 4
+"""Most tokens of a character: UTF-8 has four bytes at most."""
 
 
 @dataclass(frozen=True)
@@ -112,8 +114,8 @@ class Decoded:
             return ""
         self._window += tokens
         text = self._tokenizer.decode(self._window)
-        # Of bytes that end too early a decoder makes one mark, the last.
-        certain = text.removesuffix(_BROKEN)
+        # Of bytes that end too early a decoder makes one mark, or one of each byte.
+        certain = text.rstrip(_BROKEN)
         fresh, self._shown = certain[self._shown :], max(self._shown, len(certain))
         if certain == text and len(self._window) >= 2 * _WINDOW:
             self._begin(self._window)
@@ -126,8 +128,13 @@ class Decoded:
         return fresh
 
     def _begin(self, tokens: list[int]) -> None:
-        self._window = tokens[-_WINDOW:]
-        self._shown = len(self._tokenizer.decode(self._window))
+        """A window of the last tokens, its first no later byte of a character, if that can be."""
+        for more in range(_CHARACTER):
+            self._window = tokens[-_WINDOW - more :]
+            text = self._tokenizer.decode(self._window)
+            self._shown = len(text)
+            if not text.startswith(_BROKEN):
+                break
 
 
 def _begun(text: str, stop: str) -> int:

@@ -111,8 +111,8 @@ def fill(trained: Trained, held: Sequence[Held], mesh: Mesh) -> tuple[str, ...]:
         loaded = checkpoint.load(path, lambda found: held, mesh)
         return (f"loaded {loaded.path}", *loaded.skipped)
     if trained.is_step:
-        contents = folder.read_manifest(path)[1].contents(path)
-        checkpoint.read(contents, held, mesh)
+        contents = checkpoint.look_at(path, mesh).contents
+        checkpoint.read_step(path, contents, held, mesh)
         return (f"loaded {path}",)
     return (f"loaded {path}", *huggingface.load_folder(str(path), held, mesh, model))
 

@@ -76,7 +76,7 @@ class Metrics:
             if resume_from is not None and path.exists():
                 # Steps after the checkpoint will be taken again.
                 lines = path.read_text().splitlines()
-                kept = [line for line in lines if _step(line) <= resume_from]
+                kept = [line for line in lines if _step(line) <= resume_from and not _last(line)]
             aside = path.with_suffix(".tmp")
             aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
             aside.replace(path)
@@ -102,6 +102,11 @@ def _step(line: str) -> float:
         return float(json.loads(line).get("step", -1))
     except (ValueError, AttributeError):
         return float("inf")
+
+
+def _last(line: str) -> bool:
+    """Whether a line stands at the end of a run, where it will be written again."""
+    return '"event": "report"' in line
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:

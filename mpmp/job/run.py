@@ -166,6 +166,7 @@ class Run:
             return 0
         loaded = checkpoint.load(self.folder, self._wanted, self.mesh)
         state.filled(self.training, loaded.meta)
+        self.saver.distrust(loaded.damaged)
         for line in loaded.skipped:
             self.show.line(line)
         self.saved, self.elapsed_s = loaded.step, float(loaded.meta.get("elapsed_s", 0.0))

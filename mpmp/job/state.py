@@ -80,7 +80,7 @@ def with_saved_cut(config: Config, folder: Path, mesh: Mesh) -> Config:
     found = checkpoint.newest(folder, mesh)
     before = found.meta.get("config", {}).get("parallel", {})
     alike = all(before.get(name) == getattr(parallel, name) for name in ("pipeline", "schedule"))
-    if not alike or not isinstance(found.meta.get("cut"), str):
+    if not alike or "cut" not in found.meta:
         return config
     return dataclasses.replace(
         config, parallel=dataclasses.replace(parallel, cut=found.meta["cut"])

@@ -48,4 +48,5 @@ class LossScale:
     def load(self, state: Mapping[str, float]) -> None:
         """Take back what :meth:`state` gave; a run in another precision had no scale to go on."""
         if self.enabled and state:
-            self.value, self._good = state["value"], int(state["good"])
+            self.value = max(1.0, state.get("value", self.value))
+            self._good = int(state.get("good", 0))

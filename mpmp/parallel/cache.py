@@ -90,7 +90,7 @@ class Cache:
         B, h, _, K = q_BhtK.shape
         shared_BgrK = q_BhtK.view(B, k_BgSK.shape[1], -1, K)
         mixed = F.scaled_dot_product_attention(shared_BgrK, k_BgSK, v_BgSK, attn_mask=self._seen)
-        return mixed.view(B, h, 1, K)
+        return mixed.reshape(B, h, 1, K)
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these rows alone, in this order."""

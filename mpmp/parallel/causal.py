@@ -44,7 +44,7 @@ class _Causal(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         ctx.save_for_backward(q, k, v)
         ctx.scale = scale
-        if not fused.has_kernels(q.device):
+        if not fused.has_kernels(q):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
         out = torch.empty_like(q)
         for q_hTK, k_hTK, v_hTK, out_hTK in zip(q, k, v, out, strict=True):
@@ -70,14 +70,14 @@ class _Causal(torch.autograd.Function):
 def _weights(q_hTK: Tensor, k_hTK: Tensor, scale: float) -> Tensor:
     """What each query takes of each key's value, (h, T, T)."""
     scores_hTT = torch.bmm(q_hTK, k_hTK.mT)
-    if fused.has_kernels(q_hTK.device):
+    if fused.has_kernels(q_hTK):
         return fused.causal_softmax_(scores_hTT, scale)
     later_TT = torch.full(scores_hTT.shape[1:], float("-inf"), dtype=q_hTK.dtype).triu_(1)
     return scores_hTT.mul_(scale).add_(later_TT).softmax(-1)
 
 
 def _scores_gradient(weights_hTT: Tensor, grad_hTT: Tensor, scale: float) -> Tensor:
-    if fused.has_kernels(grad_hTT.device):
+    if fused.has_kernels(grad_hTT):
         return fused.causal_softmax_backward_(weights_hTT, grad_hTT, scale)
     found: Tensor = torch.ops.aten._softmax_backward_data(grad_hTT, weights_hTT, -1, grad_hTT.dtype)
     return found.mul_(scale)

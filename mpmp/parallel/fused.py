@@ -16,16 +16,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from mpmp.comm.lane import kernels
 
 
-def has_kernels(device: torch.device) -> bool:
-    """Whether there are kernels for bfloat16 here, and they are the faster way."""
+def has_kernels(x: Tensor) -> bool:
+    """Whether there are kernels for bfloat16 where a tensor lies, and they are the faster way."""
     return (
-        device.type == "cpu"
+        x.device.type == "cpu"
+        and not isinstance(x, FakeTensor)  # a dry run's, which has no memory
         and torch.get_num_threads() == 1  # torch's share their work out over several
         and not torch.compiler.is_compiling()
         and kernels() is not None
@@ -170,7 +172,7 @@ class _LayerNorm(torch.autograd.Function):
 def _kernels(x: Tensor, bf16: bool = False) -> ctypes.CDLL | None:
     """The compiled kernels, where they are the faster way for this tensor."""
     fits = (not bf16 or x.dtype is torch.bfloat16) and x.is_contiguous() and x.numel() > 0
-    return kernels() if fits and has_kernels(x.device) else None
+    return kernels() if fits and has_kernels(x) else None
 
 
 def _library() -> ctypes.CDLL:

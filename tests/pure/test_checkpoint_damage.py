@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 from pathlib import Path
 
@@ -29,11 +30,11 @@ def content(step: int) -> dict[str, torch.Tensor]:
     return {key: torch.randn(shape, generator=generator) for key, shape in SHAPES.items()}
 
 
-def holdings(rank: int) -> list[Holding]:
-    """A third of the elements of each tensor."""
+def holdings(rank: int, ranks: int = RANKS) -> list[Holding]:
+    """An even share of the elements of each tensor."""
     found = []
     for key, one in content(0).items():
-        start, stop = partition(one.numel(), RANKS)[rank]
+        start, stop = partition(one.numel(), ranks)[rank]
         box = tuple((0, length) for length in one.shape)
         found.append(Holding(key, one.dtype, tuple(one.shape), Extent(box, start, stop)))
     return found
@@ -160,6 +161,21 @@ def assert_damage(run: Path, work: Work, words: str) -> None:
     assert caught.value.exit_code == 78 and words in str(caught.value)
 
 
+def test_a_step_may_have_more_files_than_a_process_may_open(run: Path) -> None:
+    many = run.parent / "many"
+    many.mkdir()
+    every = [holdings(rank, 40) for rank in range(40)]
+    cut_anew(new(run), read_manifest(new(run))[1], every, many, "dp40")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.dup(0)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + 20, limits[1]))
+    try:
+        assert assert_loads(many, 20) == ()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        os.close(lowest)
+
+
 def test_with_no_good_step_each_is_named_with_its_reason(run: Path) -> None:
     flip(shards(new(run))[0], 77)
     shards(run / "step_00000010")[1].unlink()
@@ -167,6 +183,20 @@ def test_with_no_good_step_each_is_named_with_its_reason(run: Path) -> None:
         loaded(run)
     for words in ("step_00000020", "block 0 of 1", "step_00000010", "No such file"):
         assert words in str(caught.value)
+
+
+def test_a_manifest_of_any_depth_is_refused_in_a_sentence() -> None:
+    """Reading gives up at another depth than writing does, with which it is compared."""
+    for depth in range(850, 1010):
+        with pytest.raises(CheckpointError):
+            manifest.parse('{"a": ' + "[" * depth + "]" * depth + "}\n")
+
+
+def test_a_file_that_is_a_link_to_itself_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.symlink_to(path)
+    with pytest.raises(CheckpointError, match="model.safetensors is a symbolic link to itself"):
+        tensor_files([path], ALONE)
 
 
 def test_a_huge_manifest_is_not_read(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,12 +19,24 @@ from safetensors import safe_open
 from torch import Tensor
 
 import mpmp.checkpoint
-from mpmp.checkpoint import ALONE, Found, Held, Loaded, Saver, export, load, locked, points, save
+from mpmp.checkpoint import (
+    ALONE,
+    Found,
+    Held,
+    Loaded,
+    Saver,
+    alone,
+    export,
+    load,
+    locked,
+    locking,
+    points,
+    save,
+)
+from mpmp.checkpoint import folder as run_folder
 from mpmp.errors import CheckpointError, InputOutputError, TensorError
 
-META = {"config": "ab12", "position": 640, "loss": 2.718281828459045, "seeds": {"10": 1, "9": 2}}
-
-
+META = {"position": 640, "loss": 2.718281828459045, "seeds": {"10": 1, "9": 2}}
 SHARD = "shard_00000.safetensors"
 
 
@@ -156,6 +168,62 @@ def test_prune_counts_no_truncated_checkpoint(tmp_path: Path) -> None:
     os.truncate(tmp_path / "step_00000020" / "shard_00000.safetensors", 100)
     save_step(tmp_path, 30)
     assert names(tmp_path) == ["latest", "step_00000010", "step_00000030"]
+
+
+def test_what_cannot_be_removed_ends_no_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on NFS, where a file that somebody has open leaves another name in its folder."""
+    for step in (10, 20):
+        save_step(tmp_path, step)
+
+    def busy(path: Path) -> None:
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", busy)
+        save_step(tmp_path, 30)
+        save_step(tmp_path, 10)
+        assert_holds(tmp_path, 10)
+    left = ["step_00000010.2", "step_00000010.tmp", "step_00000020.tmp", "step_00000030"]
+    assert names(tmp_path) == ["latest", *left]
+    save_step(tmp_path, 40)
+    assert names(tmp_path) == ["latest", "step_00000010.2", "step_00000040"]
+
+
+def test_a_manifest_that_the_disk_does_not_give_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (10, 20):
+        save_step(tmp_path, step)
+    original = run_folder.read_manifest
+
+    def lost(step: Path) -> Any:
+        if step.name == "step_00000010":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return original(step)
+
+    monkeypatch.setattr(run_folder, "read_manifest", lost)
+    assert run_folder.doomed(tmp_path, 1) == []
+    save_step(tmp_path, 30, keep=1)
+    assert names(tmp_path) == ["latest", "step_00000010", "step_00000030"]
+
+
+def test_what_loading_found_damaged_is_not_counted_among_those_to_keep(tmp_path: Path) -> None:
+    for step in (10, 20):
+        save_step(tmp_path, step)
+    shard = tmp_path / "step_00000020" / SHARD
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\x55")
+    loaded, _ = load_all(tmp_path)
+    assert (loaded.step, loaded.damaged) == (10, ("step_00000020",))
+    saver = Saver(tmp_path, ALONE, 2, background=False)
+    saver.distrust(loaded.damaged)
+    found = []
+    for step in (30, 40):
+        saver.begin(step, whole(content(step)), META)
+        saver.finish()
+        found.append([name[-2:] for name in names(tmp_path) if name != "latest"])
+    assert found == [["10", "20", "30"], ["30", "40"]]
 
 
 def test_links_are_removed_and_not_followed_by_prune(tmp_path: Path) -> None:
@@ -456,6 +524,28 @@ def test_a_second_job_is_refused_and_told_by_whom(tmp_path: Path) -> None:
         save_step(run, 1)
     with locked(run, ALONE):
         assert_holds(run, 1)
+
+
+def test_a_folder_that_is_there_asks_nothing_of_the_one_above(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which others may own, and let nobody read."""
+
+    def refused(folder: Path) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+
+    monkeypatch.setattr(locking, "sync_folder", refused)
+    with locked(tmp_path, ALONE):
+        pass
+
+
+def test_a_job_that_fails_keeps_its_lock_until_the_process_ends(tmp_path: Path) -> None:
+    """Its thread may still be publishing a save."""
+    job = alone.alone()
+    with pytest.raises(ZeroDivisionError), locked(tmp_path, job):
+        raise ZeroDivisionError
+    with pytest.raises(InputOutputError, match="another job"), locked(tmp_path, ALONE):
+        pass
 
 
 def test_a_killed_job_leaves_no_lock(tmp_path: Path) -> None:

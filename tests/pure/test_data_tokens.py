@@ -46,6 +46,7 @@ def test_bytes_come_back(text: str) -> None:
 
 def test_bytes_that_are_no_text_are_shown_all_the_same() -> None:
     assert ByteTokenizer().decode([104, 105, 256, 0xFF, 33]) == "hi\n\N{REPLACEMENT CHARACTER}!"
+    assert ByteTokenizer().decode([97, 257, 353, 98]) == "a??b"
     assert ByteTokenizer().decode([]) == ""
 
 

@@ -102,6 +102,22 @@ def test_broken_bytes_are_held_back_until_they_are_sure_to_be_broken():
     assert decoded.add([0xE6]) == "" and decoded.rest() == "\ufffd"
 
 
+def test_characters_in_tokens_of_bytes_come_whole(tmp_path):
+    """As LLaMA's tokenizer has them, whose decoder makes a mark of each byte."""
+    library = pytest.importorskip("tokenizers")
+    vocabulary = {"a": 256} | {f"<0x{byte:02X}>": byte for byte in range(256)}
+    made = library.Tokenizer(library.models.BPE(vocabulary, [], byte_fallback=True))
+    made.decoder = library.decoders.Sequence(
+        [library.decoders.ByteFallback(), library.decoders.Fuse()]
+    )
+    made.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = FileTokenizer(str(tmp_path / "tokenizer.json"))
+    for text in ("a🙂aa", "日本🙂é" * 9 + "a", "aé" * 20):
+        decoded = Decoded(tokenizer, [256])
+        parts = [decoded.add([int(token)]) for token in tokenizer.encode(text)]
+        assert "".join(parts) + decoded.rest() == text
+
+
 def spoken(text, **ends):
     """A continuation that says a text, and what it gave after each token."""
     row = Continuation(0, BYTES.encode("> "), BYTES, Ends(**{"tokens": 99, "context": 999} | ends))
@@ -156,6 +172,14 @@ def test_the_screen_shows_prompts_in_their_order():
     )
 
 
+def test_signs_that_a_terminal_has_not_are_shown_as_question_marks(monkeypatch):
+    told = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(told, encoding="ascii"))
+    monkeypatch.setattr("mpmp.job.generation_screen.terminal_of_launcher", lambda: None)
+    Screen(True, ["é"], []).show(0, "日a")
+    assert told.getvalue() == b"??a\n"
+
+
 def test_a_tokenizers_file_says_what_stands_in_front_of_a_text(tmp_path):
     library = pytest.importorskip("tokenizers")
     made = library.Tokenizer(library.models.WordLevel({"<s>": 0, "a": 1, "?": 2}, unk_token="?"))
@@ -176,8 +200,9 @@ def test_a_tokenizers_file_says_what_stands_in_front_of_a_text(tmp_path):
     ("settings", "kind", "words"),
     [
         ({"tokens": 0}, ConfigError, "--tokens must be at least 1, not 0"),
-        ({"temperature": -1.0}, ConfigError, "--temperature must be 0 or more"),
-        ({"temperature": float("nan")}, ConfigError, "--temperature must be 0 or more"),
+        ({"temperature": -1.0}, ConfigError, "--temperature must be 0 or at least"),
+        ({"temperature": float("nan")}, ConfigError, "--temperature must be 0 or at least"),
+        ({"temperature": 1e-310}, ConfigError, "--temperature must be 0 or at least 1e-06"),
         ({"top_k": 0}, ConfigError, "--top-k"),
         ({"top_p": 0.0}, ConfigError, "--top-p"),
         ({"stop": ("",)}, ConfigError, "--stop needs a text"),
@@ -197,8 +222,13 @@ def test_prompts_come_from_flags_and_from_a_file(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("two\n\nfour\n", encoding="utf-8")
     assert Generate(prompt=("one",), prompts=str(path)).texts() == ["one", "two", "", "four"]
+    path.write_text("one\x0cpage\u2028line\x85\r\ntwo", encoding="utf-8-sig", newline="")
+    assert Generate(prompts=str(path)).texts() == ["one\x0cpage\u2028line\x85", "two"]
+    path.write_bytes(b"")
     with pytest.raises(ConfigError, match="nothing to continue"):
-        Generate().texts()
+        Generate(prompts=str(path)).texts()
+    with pytest.raises(ConfigError, match="prompt 2 has bytes that are not UTF-8"):
+        Generate(prompt=("a", b"\xe9".decode(errors="surrogateescape"))).texts()
     path.write_bytes(b"\xff")
     for wrong in (str(path), str(tmp_path / "none")):
         with pytest.raises(InputOutputError, match="cannot be read"):

@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 from mpmp import commands
 from mpmp.checkpoint import ALONE, Held, huggingface, merged
 from mpmp.checkpoint.huggingface.byte_tokenizer import tokenizer_config_json, tokenizer_json
-from mpmp.checkpoint.huggingface.files import special_tokens
+from mpmp.checkpoint.huggingface.files import ends_of_text, special_tokens
 from mpmp.checkpoint.huggingface.settings import FAMILIES, config_json, understood
 from mpmp.checkpoint.huggingface.tensors import as_theirs, parts
 from mpmp.config import TASKS, Config, Model
 from mpmp.data.tokens import ByteTokenizer, FileTokenizer
-from mpmp.errors import CheckpointError, ConfigError
+from mpmp.errors import CheckpointError, ConfigError, InputOutputError
 from mpmp.job.beginning import vocabulary_of
 from ranks import hf_models
 
@@ -101,6 +101,7 @@ OTHERS = [
     ("bert", {"tie_word_embeddings": False}, "tie_word_embeddings False"),
     ("bert", {"architectures": ["BertForQuestionAnswering"]}, "BertForQuestionAnswering"),
     ("bert", {"architectures": None}, "None"),
+    ("bert", {"architectures": [["BertModel"]]}, "['BertModel']"),
 ]
 
 
@@ -120,6 +121,25 @@ def test_values_of_a_wrong_type_are_damage(change):
         understood(SMALL["gpt2"] | change, "f")
     with pytest.raises(CheckpointError, match="does not say n_layer"):
         understood({key: one for key, one in SMALL["gpt2"].items() if key != "n_layer"}, "f")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rope_theta": 10**400},
+        {"rope_scaling": "linear"},
+        {"rope_parameters": [1]},
+        {"attention_dropout": 10**400},
+    ],
+)
+def test_positions_of_a_wrong_type_are_damage(change):
+    with pytest.raises(CheckpointError, match=f"says {next(iter(change))} .{{0,80}}, (no|which)"):
+        understood(SMALL["llama"] | change, "f")
+
+
+def test_settings_of_positions_change_no_others():
+    described = understood(SMALL["llama"] | {"rope_parameters": {"hidden_size": 16}}, "f")
+    assert described.model.width == 8 and "rope_parameters.hidden_size 16" in described.notes[0]
 
 
 def test_what_is_left_out_is_named():
@@ -252,6 +272,54 @@ def test_export_then_import_is_byte_equal_and_transformers_loads_it(tmp_path, ca
     assert torch.allclose(found, expected, rtol=1e-14, atol=1e-14)
 
 
+def test_an_export_takes_a_place_of_its_own(tmp_path, monkeypatch):
+    """Whatever has such a name beside it, and with the rights that folders have."""
+    model = Model(layers=1, heads=1, width=4, context=4, vocabulary=5)
+    ours = ours_of(model, (), torch.float32)
+    meta = merged.metadata(0, {"config": {"model": asdict(model)}})
+    save_file(ours, tmp_path / "model.safetensors", meta)
+    beside = tmp_path / "out.tmp"
+    beside.mkdir()
+    (beside / "mine").write_text("")
+    (tmp_path / "out").mkdir()
+
+    def export(to):
+        huggingface.export_folder(str(tmp_path / "model.safetensors"), str(to), 1 << 30)
+
+    export(tmp_path / "out")
+    assert (beside / "mine").exists() and (tmp_path / "out" / "config.json").exists()
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o755
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    for taken_place in (".", tmp_path / "model.safetensors"):
+        with pytest.raises(ConfigError, match="is there already"):
+            export(taken_place)
+    assert {one.name for one in tmp_path.iterdir()} == {
+        "model.safetensors",
+        "out",
+        "out.tmp",
+        "empty",
+    }
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"model": '{"layers": 4.0}'},
+        {"model": '{"kind": "foo"}'},
+        {"model": '{"tied": "false"}'},
+        {"model": '{"norm_eps": 1' + "0" * 400 + "}"},
+        {"model": "[" * 100_000},
+        {"model": "{}", "tags": '"PER"'},
+        {"model": "{}", "tags": "[1]"},
+    ],
+)
+def test_a_merged_file_that_says_nonsense_is_refused(said):
+    with pytest.raises(CheckpointError, match=r"^m\.safetensors .*(makes no sense|understand)"):
+        merged.described(said | {merged.ROWS: 5}, "m.safetensors")
+    assert merged.described({"model": '{"dropout": 0}', merged.ROWS: 5}, "m").model.vocabulary == 5
+
+
 def taken(folder: Path, model: Model, tags: tuple[str, ...] = ()) -> tuple[dict, tuple[str, ...]]:
     """Our tensors, of NaN where the folder has none for them; and what was said."""
     ours = ours_of(model, tags, torch.float64)
@@ -336,6 +404,26 @@ def test_a_tokenizer_travels_with_all_that_belongs_to_it(tmp_path):
     assert all((target / one).read_bytes() == (theirs / one).read_bytes() for one in names)
     assert not (target / "other.txt").exists()
     assert special_tokens(target) == {"eos_token_id": 5, "bos_token_id": 0}
+
+
+def test_tokens_that_end_a_text_stand_in_three_files(tmp_path):
+    assert ends_of_text(tmp_path) == []
+    (tmp_path / "config.json").write_text('{"eos_token_id": 2}')
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 2, null, "x"]}')
+    tokens = [{"id": 5, "content": "<eot>"}, 3, {"id": [], "content": {}}]
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": tokens}))
+    assert ends_of_text(tmp_path) == [2, 7]
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<eot>", "pad_token": [1]}')
+    assert ends_of_text(tmp_path) == [2, 5, 7]
+    (tmp_path / "tokenizer.json").write_text('{"added_tokens": 3}')
+    assert special_tokens(tmp_path) == {}
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    save_file({}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(InputOutputError, match="config.json cannot be read: Is a directory"):
+        huggingface.describe(str(tmp_path))
 
 
 # --- the command line -----------------------------------------------------------------------------

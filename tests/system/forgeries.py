@@ -28,6 +28,10 @@ def shard(content: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def in_meta(name: str, value: object) -> Callable[[dict[str, Any]], object]:
+    return lambda content: content["meta"].update({name: value})
+
+
 def tensor(content: dict[str, Any]) -> dict[str, Any]:
     """One that lies in two pieces at least."""
     tensors: dict[str, dict[str, Any]] = content["tensors"]
@@ -70,6 +74,18 @@ CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
     "format 1": lambda c: c.update(format=1),
     "layout is a number": lambda c: c.update(layout=3),
     "meta is a list": lambda c: c.update(meta=[]),
+    **{
+        f"meta {name} is {value!r:.12}": in_meta(name, value)
+        for name, values in {
+            "config": ([1], {"model": 3}, {"parallel": {"schedule": 3}}, {"train": {"batch": "x"}}),
+            "tags": (3, [[]]),
+            "optimizer": ([], {"updates": "x"}, {"updates": 10**30}),
+            "scale": (1, {"value": None}),
+            "cut": (3,),
+            "elapsed_s": (None, 10**400, float("nan")),
+        }.items()
+        for value in values
+    },
     "files is a list": lambda c: c.update(files=["shard_00000.safetensors"]),
     "files is a number": lambda c: c.update(files=3),
     "file is null": lambda c: c["files"].update({"shard_00000.safetensors": None}),

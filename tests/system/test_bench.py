@@ -78,7 +78,7 @@ def test_the_written_table_is_what_auto_chooses_by(tmp_path: Path) -> None:
     assert [line for line in done.stdout.splitlines() if "4 KiB  scatter_allgather" in line]
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "int32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("int32", marks=pytest.mark.slow)])
 def test_other_types_and_ordinary_memory_on_three_ranks(tmp_path: Path, dtype: str) -> None:
     path = tmp_path / "rows.csv"
     flags = ["--dtype", dtype, "--placement", "ordinary", "--against", "native,gloo"]

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from shlex import split
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +28,7 @@ from mpmp.checkpoint.resharding import Reshard, reshard
 from mpmp.checkpoint.verifying import Verify, verify
 from mpmp.errors import CheckpointError, ConfigError, InputOutputError, LayoutError
 from system.damages import FILES, flip, shards
+from system.forgeries import forge
 from system.small import HOME, PLANTED, SMALL, alone, ended, plant_text
 
 OF_2 = ["dp2.zero3", "tp2", "dp2.ep2.zero2"]
@@ -129,6 +134,18 @@ def test_merge_gives_the_model_that_the_run_exported(runs: Path, tmp_path: Path)
         assert all(torch.equal(one, told[name]) for name, one in found.items()), layout
     with pytest.raises(ConfigError, match="is there already; name another file with --to"):
         merge(Merge(str(runs / "tp2")))
+    with pytest.raises(ConfigError, match="is a folder; name the file, as in --to .*model.safet"):
+        merge(Merge(str(runs / "tp2"), to=str(tmp_path)))
+
+
+def test_damage_is_told_with_its_step_and_the_way_out(runs: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(runs / "tp2", tmp_path / "run")
+    FILES["shard: a bit of its header"][0](step(run))
+    said = f"{step(run)}: shard_00000.* is damaged in block 0 .*; name an older step's folder"
+    with pytest.raises(CheckpointError, match=said):
+        merge(Merge(str(run), to=str(tmp_path / "merged")))
+    with pytest.raises(CheckpointError, match=said):
+        reshard(Reshard(str(run), layout="dp1", to=str(tmp_path / "to")))
 
 
 def as_written_by_a_job(run: Path, to: Path) -> None:
@@ -153,6 +170,7 @@ def test_reshard_writes_what_ranks_of_more_layouts_would(tmp_path: Path) -> None
         as_written_by_a_job(runs / layout, tmp_path / "to")
 
 
+@pytest.mark.slow
 def test_reshard_changes_no_bit(runs: Path, tmp_path: Path) -> None:
     source = step(Path(shutil.copytree(runs / "tp2", tmp_path / "source")), 1)
     (source.parent / "tokenizer.json").write_text("{}")
@@ -166,6 +184,58 @@ def test_reshard_changes_no_bit(runs: Path, tmp_path: Path) -> None:
         assert all(torch.equal(one, whole[key]) for key, one in found.items()), layout
         assert (to / "tokenizer.json").read_text() == "{}"
         source = step(to, 1)  # and on from there
+
+
+def test_reshard_takes_a_new_name_after_one_that_was_killed(runs: Path, tmp_path: Path) -> None:
+    step(tmp_path).with_suffix(".tmp").mkdir()
+    reshard(Reshard(str(runs / "tp2"), layout="dp1", to=str(tmp_path)))
+    verify(Verify(f"{step(tmp_path)}.2"))
+
+
+def test_reshard_looks_for_room_first(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=20_000))
+    with pytest.raises(InputOutputError, match=r"step_00000002 needs .* room for 0\.02 MB"):
+        reshard(Reshard(str(runs / "tp2"), layout="dp1", to=str(tmp_path / "to")))
+    assert sorted(os.listdir(tmp_path / "to")) == [".lock"]
+
+
+def test_reshard_cuts_by_the_bytes_of_the_dtype_that_was_saved(tmp_path: Path) -> None:
+    """Buckets are as long as their bytes say, and so are the parts of them that ranks hold."""
+    plant_text(tmp_path)
+    words = [*SMALL, *split("--train.steps 1 --train.dtype float64 --parallel.bucket_mb 0.02")]
+    words += split("--layout dp2.zero1 --checkpoint.dir dp2.zero1")
+    job = run_ranks(2, ["-m", "mpmp.train", *words], cwd=tmp_path, env=HOME)
+    assert job.rc == 0, job.text
+    reshard(
+        Reshard(str(tmp_path / "dp2.zero1"), layout="dp2.zero1", to=str(tmp_path / "to")),
+    )
+    for file in shards(step(tmp_path / "dp2.zero1", 1)):
+        assert (step(tmp_path / "to", 1) / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: c["meta"].update(config={}),
+        lambda c: c["meta"].update(cut="a,b"),
+        lambda c: c["tensors"]["weight/embedding.weight"].update(
+            shape=[], pieces=[[0, 0, 0, 1, []]]
+        ),
+        lambda c: c.update(tensors={}),
+    ],
+    ids=["no settings", "cut", "embedding", "no tensors"],
+)
+def test_settings_that_make_no_sense_are_refused_in_a_sentence(
+    change: Callable[[dict[str, Any]], object], runs: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(runs / "tp2", tmp_path / "run")
+    forge(change, step(run))
+    inspect(Inspect(str(step(run)), tensors=True))
+    with pytest.raises(CheckpointError, match="does not say how its model is made"):
+        reshard(Reshard(str(step(run)), layout="pp2", to=str(tmp_path / "to")))
+    merge(Merge(str(step(run)), to=str(tmp_path / "merged")))
 
 
 @pytest.mark.slow
@@ -236,6 +306,13 @@ def test_wrong_usage_is_one_line(
         main()
     err = capsys.readouterr().err
     assert left.value.code == code and err.count("\n") == 1 and said in err, err
+
+
+def test_a_step_that_goes_meanwhile_is_told(runs: Path, tmp_path: Path) -> None:
+    """The job that runs there prunes it."""
+    shutil.copytree(runs / "tp2", tmp_path / "run")
+    pruned = alone([str(PLANTED / "pruned_meanwhile.py"), "verify", "run"], tmp_path)
+    ended(pruned, 74, "verify run failed: No such file", "was the step pruned meanwhile?")
 
 
 def test_several_processes_are_refused(

@@ -34,6 +34,7 @@ def test_a_world_that_is_not_there_is_shown(tmp_path: Path) -> None:
         ("--dry-run --ranks many", 2, "--ranks needs a number"),
         ("--ranks 4", 2, "goes with --dry-run"),
         ("--dry-run --layout tp8", 3, "tensor ranks (8)"),
+        ("--dry-run --layout pp2 --parallel.cut measured", 2, "take no time"),
     ],
 )
 def test_what_cannot_be_is_refused(args: str, code: int, words: str, tmp_path: Path) -> None:

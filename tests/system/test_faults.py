@@ -99,6 +99,7 @@ def test_a_rank_that_hangs_is_named(layout: str, folder: Path) -> None:
     assert line.startswith("[rank 0/2 "), run.text
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_late_is_waited_for(folder: Path) -> None:
     run = run_ranks(
         2,
@@ -138,10 +139,10 @@ def test_a_fault_that_is_not_understood(n: int, folder: Path) -> None:
     ("to", "number", "code"),
     [
         pytest.param("rank 1", signal.SIGTERM, 143, marks=pytest.mark.mpich_too),
-        ("rank 1", signal.SIGINT, 130),
+        pytest.param("rank 1", signal.SIGINT, 130, marks=pytest.mark.slow),
         ("rank 1", signal.SIGKILL, None),
         pytest.param("mpirun", signal.SIGINT, None, marks=pytest.mark.mpich_too),  # Ctrl-C
-        ("mpirun", signal.SIGTERM, None),
+        pytest.param("mpirun", signal.SIGTERM, None, marks=pytest.mark.slow),
     ],
 )
 def test_a_signal_ends_the_job(
@@ -195,6 +196,7 @@ def test_a_rank_that_waits_in_a_set_up_step_hears_signals(tmp_path: Path) -> Non
     ended(run, 143, "stopped by SIGTERM")
 
 
+@pytest.mark.slow
 @pytest.mark.mpich_too
 def test_a_rank_that_ends_later_than_the_others_is_no_fault(tmp_path: Path) -> None:
     run = run_ranks(3, [PLANTED / "member.py", "late to leave"], env=HOME, cwd=tmp_path)

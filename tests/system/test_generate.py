@@ -80,6 +80,36 @@ def test_an_evaluation_finds_the_loss_of_the_training_in_another_layout(folder):
         assert f"{found[name]:.4f}" in run.stdout
 
 
+@pytest.mark.slow
+def test_an_evaluation_of_a_merged_model_resumes_nothing(folder):
+    (validated,) = events(folder / "a", "validation")
+    flags = split("--train.dtype float64 --train.eval-batches 1 --data.path text.txt")
+    flags += split("--train.batch 8 --checkpoint.dir b --checkpoint.resume")
+    words = ["-m", "mpmp.evaluate", "--checkpoint", "a/model.safetensors", *flags]
+    run = alone(words, cwd=folder)
+    assert run.rc == 0 and f"nats per token {validated['nats']:.4f}" in run.stdout, run.text
+
+
+@pytest.mark.slow
+def test_a_folder_of_hugging_face_says_what_ends_a_text(folder):
+    exported = alone(["-m", "mpmp.checkpoint", "export", "a", "--to", "theirs"], cwd=folder)
+    assert exported.rc == 0, exported.text
+    said = json.dumps({"eos_token_id": list(range(256))})
+    (folder / "theirs" / "generation_config.json").write_text(said)
+    run = generated(folder, 1, *split("--checkpoint theirs --prompt def"))
+    assert "prompt 1: 1 tokens, end of text" in run.stdout
+
+
+@pytest.mark.slow
+def test_a_model_of_bytes_may_have_more_rows_than_bytes(folder):
+    wide = split("--model.vocabulary 320 --train.steps 1 --checkpoint.dir wide")
+    trained = alone(["-m", "mpmp.train", *SMALL, *wide], cwd=folder)
+    assert trained.rc == 0, trained.text
+    words = split("mpmp.generate --checkpoint wide --prompt a --tokens 1000000000000")
+    run = alone(["-m", *words, "--no-end"], cwd=folder)
+    assert run.rc == 0 and "the context of 16 tokens is full" in run.stdout, run.text
+
+
 @pytest.mark.parametrize(
     ("args", "code", "words"),
     [

@@ -13,8 +13,6 @@ import pytest
 from harness import ROOT, Job, run_ranks
 from harness.launch import clean_environment
 
-pytestmark = pytest.mark.mpich_too
-
 BAD = """
 import os, sys, time
 import pytest
@@ -150,6 +148,7 @@ def test_each_planted_failure_is_reported_and_the_rest_still_runs(tmp_path: Path
     assert seconds < 60, f"{seconds:.0f} s\n{text}"
 
 
+@pytest.mark.slow
 def test_skipped_at_every_size_is_an_error(tmp_path: Path) -> None:
     rc, text = run_pytest(plant(tmp_path, SKIPPING))
     assert rc == 1, text

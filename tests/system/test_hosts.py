@@ -14,10 +14,7 @@ import pytest
 from harness import ROOT
 from hosts.emulate import Hosts, lacking
 
-pytestmark = [
-    pytest.mark.mpich_too,
-    pytest.mark.skipif(lacking() is not None, reason=str(lacking())),
-]
+pytestmark = pytest.mark.skipif(lacking() is not None, reason=str(lacking()))
 
 RANKS = """
 import json, os, sys, time
@@ -63,6 +60,7 @@ def in_hosts(hosts, tmp_path, ranks=RANKS):
     return json.loads(answer.read_text())
 
 
+@pytest.mark.mpich_too
 def test_ranks_of_several_hosts_sum_and_share_only_what_they_should(tmp_path):
     with Hosts(4, 2, rate_mbit=0, delay_us=1000) as hosts:
         found = in_hosts(hosts, tmp_path)

@@ -13,8 +13,6 @@ from mpmp.comm import probe
 from mpmp.comm.probe import Child, Verdict, ask
 from mpmp.errors import ConfigError
 
-pytestmark = pytest.mark.mpich_too
-
 
 def child(code: str, started: bool = True) -> Child:
     begin = f"print({probe._STARTED!r}, flush=True)\n" if started else ""

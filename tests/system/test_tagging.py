@@ -164,6 +164,7 @@ def compared(data: Path, layouts: dict[int, list[str]], args: list[str]) -> Path
     return whole
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_predictions_are_those_of_one_process(tmp_path: Path) -> None:
     """On words that tell their tags, in a context that most sentences do not fit into."""

@@ -165,6 +165,7 @@ def test_resume_is_exact_to_the_bit(tmp_path: Path) -> None:
     whole_metrics(tmp_path / "broken", 1, 12)
 
 
+@pytest.mark.slow
 def test_resume_is_exact_where_states_and_experts_are_shared_out(tmp_path: Path) -> None:
     resumed(2, "--layout dp2.ep2.zero2 --model.experts 4", tmp_path)
 
@@ -176,6 +177,7 @@ def test_resume_is_exact_in_every_layout_of_4(layout: str, tmp_path: Path) -> No
     resumed(4, layout, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_finished_run_goes_on_with_nothing_to_do(tmp_path: Path) -> None:
     plant_text(tmp_path)
     args = ["-m", "mpmp.train", *SMALL, "--train.steps", "3", "--checkpoint.dir", "run"]

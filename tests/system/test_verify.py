@@ -103,14 +103,18 @@ def test_the_suite_of_more_ranks(n: int, tmp_path: Path) -> None:
     ("n", "args"),
     [
         # vocabulary 257 and heads: neither divides by 3
-        (3, "--parallel.tensor 3 --model.heads 4"),
+        pytest.param(3, "--parallel.tensor 3 --model.heads 4", marks=pytest.mark.slow),
         # replicas of 7 and 6 sequences, in microbatches of 3, 2, 2 and 2, 2, 2
         pytest.param(
             4,
             "--layout dp2.pp2 --train.batch 13 --parallel.microbatches 3 --parallel.schedule gpipe",
             marks=pytest.mark.mpich_too,
         ),
-        (2, "--layout pp2 --train.batch 5 --model.no_tied --model.layers 3"),
+        pytest.param(
+            2,
+            "--layout pp2 --train.batch 5 --model.no_tied --model.layers 3",
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["uneven tensor", "uneven batch, gpipe", "untied, uneven layers"],
 )

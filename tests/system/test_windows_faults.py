@@ -158,6 +158,7 @@ def test_enough_room_says_nothing(tmp_path: Path) -> None:
     assert "/dev/shm" not in run.stderr, run.text
 
 
+@pytest.mark.slow
 def test_the_usual_place_says_nothing(tmp_path: Path, nothing_left: None) -> None:
     run = run_ranks(2, [PLANTED / "in_windows.py", "sums"], env=HOME, cwd=tmp_path)
     assert run.rc == 0 and run.stderr == "", run.text

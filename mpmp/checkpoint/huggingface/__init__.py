@@ -7,9 +7,16 @@
 ``transformers`` itself is not needed.
 """
 
-from mpmp.checkpoint.huggingface.files import copy_tokenizer, describe
+from mpmp.checkpoint.huggingface.files import copy_tokenizer, describe, ends_of_text
 from mpmp.checkpoint.huggingface.reading import load_folder
 from mpmp.checkpoint.huggingface.writing import export_folder
 from mpmp.checkpoint.merged import Described
 
-__all__ = ["Described", "copy_tokenizer", "describe", "export_folder", "load_folder"]
+__all__ = [
+    "Described",
+    "copy_tokenizer",
+    "describe",
+    "ends_of_text",
+    "export_folder",
+    "load_folder",
+]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from mpmp.checkpoint import merged, tensorfile
 from mpmp.checkpoint.huggingface.settings import understood
@@ -16,17 +17,18 @@ from mpmp.checkpoint.merged import Described
 from mpmp.errors import CheckpointError, InputOutputError
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-TOKENIZER = "tokenizer.json"
+TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+GENERATION = "generation_config.json"
 _BESIDE = (
     TOKENIZER,
-    "tokenizer_config.json",
+    TOKENIZER_CONFIG,
     "special_tokens_map.json",
     "added_tokens.json",
     "tokenizer.model",
     "vocab.txt",
     "vocab.json",
     "merges.txt",
-    "generation_config.json",
+    GENERATION,
 )
 _LONGEST_BYTES = 64 << 20
 
@@ -71,7 +73,7 @@ def survey(path: str) -> Survey:
     elif place.is_dir():
         folder = place
         names, weight_map = _weights(place)
-        said = _read(place / CONFIG, place)
+        said = _read(place / CONFIG)
     else:
         raise InputOutputError(
             f"{path!r} is neither a folder nor a .safetensors file; give a Hugging Face folder or "
@@ -96,22 +98,31 @@ def copy_tokenizer(source: Path, target: Path) -> list[str]:
 
 def special_tokens(folder: Path) -> dict[str, int]:
     """Numbers of the tokens that begin a text, end it and fill it up, as the tokenizer has them."""
-    if not (folder / TOKENIZER).is_file():
-        return {}
-    added = _read(folder / TOKENIZER, folder).get("added_tokens") or []
-    numbers = {one["content"]: one["id"] for one in added if {"content", "id"} <= set(one)}
-    said = {}
-    if (folder / "tokenizer_config.json").is_file():
-        said = _read(folder / "tokenizer_config.json", folder)
+    added = _read_if_there(folder / TOKENIZER).get("added_tokens")
+    entries = [one for one in added if isinstance(one, dict)] if isinstance(added, list) else []
+    pairs = [(one.get("content"), one.get("id")) for one in entries]
+    numbers = {name: one for name, one in pairs if isinstance(name, str) and type(one) is int}
+    said = _read_if_there(folder / TOKENIZER_CONFIG)
     known = {"eos": ("<|endoftext|>", "</s>", "[SEP]"), "bos": ("<s>",), "pad": ("[PAD]", "<pad>")}
     found = {}
     for kind, usual in known.items():
         token = said.get(f"{kind}_token")
         own = token.get("content") if isinstance(token, dict) else token
         name = own or next((one for one in usual if one in numbers), None)
-        if name in numbers:
-            found[f"{kind}_token_id"] = int(numbers[name])
+        if isinstance(name, str) and name in numbers:
+            found[f"{kind}_token_id"] = numbers[name]
     return found
+
+
+def ends_of_text(folder: Path) -> list[int]:
+    """Numbers of the tokens that end a text, by any file of a folder that says so."""
+    told = [
+        special_tokens(folder),
+        *(_read_if_there(folder / name) for name in (CONFIG, GENERATION)),
+    ]
+    values = [said.get("eos_token_id") for said in told]
+    numbers = [number for one in values for number in (one if isinstance(one, list) else [one])]
+    return sorted({number for number in numbers if type(number) is int})
 
 
 # --- inside ---------------------------------------------------------------------------------------
@@ -123,7 +134,7 @@ def _weights(folder: Path) -> tuple[list[str], dict[str, str] | None]:
         return [WEIGHTS], None
     if not (folder / INDEX).exists():
         raise CheckpointError(f"{folder} {_why_without_weights(folder)}")
-    weight_map = _read(folder / INDEX, folder).get("weight_map")
+    weight_map = _read(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{folder} has an {INDEX} without a weight_map of tensors")
     for tensor, name in weight_map.items():
@@ -159,25 +170,40 @@ def _why_without_weights(folder: Path) -> str:
     return f"has neither {WEIGHTS} nor {INDEX}, so there are no weights"
 
 
-def _read(path: Path, folder: Path) -> dict[str, Any]:
-    try:
-        with open(path, "rb") as file:
-            text = file.read(_LONGEST_BYTES + 1)
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{folder} has no {path.name}, which would say what model it holds"
-        ) from None
+def _read(path: Path) -> dict[str, Any]:
+    with _opened(path) as file:
+        text = file.read(_LONGEST_BYTES + 1)
     if len(text) > _LONGEST_BYTES:
-        raise CheckpointError(f"{folder} has a {path.name} of more than {_LONGEST_BYTES} bytes")
+        raise CheckpointError(
+            f"{path.parent} has a {path.name} of more than {_LONGEST_BYTES} bytes"
+        )
     try:
         return tensorfile.parse_object(text, path.name)
     except CheckpointError as error:
-        raise CheckpointError(f"{folder} {error}") from None
+        raise CheckpointError(f"{path.parent} {error}") from None
+
+
+def _read_if_there(path: Path) -> dict[str, Any]:
+    return _read(path) if path.is_file() else {}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """A file to read; CheckpointError where there is none, InputOutputError where it fails."""
+    try:
+        with open(path, "rb") as file:
+            yield file
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path.parent} has no {path.name}, which would say what model it holds"
+        ) from None
+    except OSError as error:
+        raise InputOutputError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def _header(path: Path) -> dict[str, Any]:
     """What the header of a merged file says: its metadata, and the rows of the embedding."""
-    with open(path, "rb") as file:
+    with _opened(path) as file:
         length = int.from_bytes(file.read(8), "little")
         header = file.read(length) if length <= _LONGEST_BYTES else b""
     if len(header) != length or not header:
@@ -189,7 +215,7 @@ def _header(path: Path) -> dict[str, Any]:
     try:
         rows = said["embedding.weight"]["shape"][0]
         return {**said.get("__metadata__", {}), merged.ROWS: int(rows)}
-    except (KeyError, TypeError, ValueError, IndexError):
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError):
         raise CheckpointError(f"{path} has no embedding, so it is no model of mpmp") from None
 
 

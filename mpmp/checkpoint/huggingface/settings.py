@@ -37,7 +37,7 @@ def understood(said: Mapping[str, Any], where: str) -> Described:
     the wrong type.
     """
     family, architecture = _family(said, where)
-    said = _plain_rope(said)
+    said = _plain_rope(said, where)
     _refuse_others(family, said, where)
     values = {}
     for ours, (theirs, default) in family.settings.items():
@@ -72,21 +72,29 @@ def _family(said: Mapping[str, Any], where: str) -> tuple[Family, str]:
     found = said.get("architectures") or [None]
     name = found[0] if isinstance(found, list) else found
     for family in FAMILIES:
-        if name in family.architectures:
-            return family, str(name)
+        if isinstance(name, str) and name in family.architectures:
+            return family, name
     known = ", ".join(name for family in FAMILIES for name in family.architectures)
     raise ConfigError(
         f"config.json of {where} names the architecture {name!r:.80}, and mpmp reads {known}"
     )
 
 
-def _plain_rope(said: Mapping[str, Any]) -> dict[str, Any]:
+_ROPE = {name: name for name in ("rope_type", "rope_theta", "partial_rotary_factor")}
+_ROPE["type"] = "rope_type"
+
+
+def _plain_rope(said: Mapping[str, Any], where: str) -> dict[str, Any]:
     """transformers 5 says in ``rope_parameters`` what 4 says in two settings."""
     found = dict(said)
     for key in ("rope_scaling", "rope_parameters"):
         inner = found.pop(key, None)
-        if isinstance(inner, dict):
-            found |= {"rope_type" if name == "type" else name: one for name, one in inner.items()}
+        if not isinstance(inner, dict | None):
+            raise CheckpointError(
+                f"config.json of {where} says {key} {inner!r:.80}, which should be settings by name"
+            )
+        # What is not of positions keeps its place, and is no setting of the model.
+        found |= {_ROPE.get(name, f"{key}.{name}"): one for name, one in (inner or {}).items()}
     return found
 
 
@@ -124,9 +132,14 @@ _KINDS: dict[str, tuple[type, ...]] = {
 
 def _typed(ours: str, theirs: str, value: Any, where: str) -> Any:
     kinds = _KINDS.get(ours, (int,))
-    if type(value) not in kinds:  # True would pass for an integer
-        raise CheckpointError(f"config.json of {where} says {theirs} {value!r:.80}, no such value")
-    return float(value) if float in kinds else value
+    try:
+        if type(value) not in kinds:  # True would pass for an integer
+            raise TypeError
+        return float(value) if float in kinds else value
+    except (TypeError, OverflowError):
+        raise CheckpointError(
+            f"config.json of {where} says {theirs} {value!r:.80}, no such value"
+        ) from None
 
 
 def _tags(said: Mapping[str, Any], where: str) -> tuple[str, ...]:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -70,23 +72,32 @@ def export_folder(source: str, target: str, shard_bytes: int) -> list[Path]:
     No file has more than ``shard_bytes`` of tensors, but where one tensor has. The folder appears
     when it is whole. Raises ConfigError for a model that transformers does not have.
     """
-    place = Path(target)
-    if place.exists() and (not place.is_dir() or any(place.iterdir())):
+    place = Path(os.path.abspath(target))
+    if os.path.lexists(place) and (place == Path.cwd() or not _is_empty(place)):
         raise ConfigError(f"{target} is there already; name a new folder by --to")
     found = _source(source)
-    unfinished = place.with_name(place.name + ".tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    try:
+    with _appearing(place) as unfinished:
         names = _write(found, unfinished, shard_bytes)
-        if place.exists():
-            place.rmdir()
+    return [place / name for name in names]
+
+
+@contextmanager
+def _appearing(place: Path) -> Iterator[Path]:
+    """A folder to write in, which takes its place when it is whole, also that of an empty one."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(".tmp", f"{place.name}.", place.parent))
+    try:
+        yield unfinished
+        unfinished.chmod(0o755)  # a temporary folder is its maker's alone
         os.rename(unfinished, place)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
     sync_folder(place.parent)
-    return [place / name for name in names]
+
+
+def _is_empty(place: Path) -> bool:
+    return place.is_dir() and not place.is_symlink() and not any(place.iterdir())
 
 
 def _source(source: str) -> Source:
