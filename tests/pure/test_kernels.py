@@ -129,7 +129,7 @@ def test_memory_may_begin_anywhere(kernels: ctypes.CDLL, dtype: torch.dtype) -> 
             compare(kernels, sources)
 
 
-@pytest.mark.parametrize("num_sources", [1, 2, 3])
+@pytest.mark.parametrize("num_sources", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_long_sums_go_past_the_cache(
     kernels: ctypes.CDLL, dtype: torch.dtype, num_sources: int
