@@ -18,7 +18,7 @@ import io
 import re
 import sys
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import tyro
@@ -49,7 +49,7 @@ def parse(
     """
     with guarded():
         known = {**(tasks or {}), default.task: default}
-        rest, default = _take_own_flags(list(arguments), known, default)
+        rest, default = _take_own_flags(arguments, known, default)
         _refuse_unknown(rest, default)
         return cli(Config, program, description + _OWN_FLAGS, rest, default)
 
@@ -69,22 +69,36 @@ def fail(error: MpmpError) -> NoReturn:
     sys.exit(error.exit_code)
 
 
+def take(
+    arguments: Sequence[str], valued: Collection[str], bare: Collection[str] = ()
+) -> tuple[dict[str, str], list[str]]:
+    """Flags that are no settings, with their values (``bare`` ones have none), and the rest.
+
+    As in ``--table FILE``, ``--table=FILE``, ``--dry-run`` or ``--dry_run``; of several the last
+    counts. ConfigError where a value is missing.
+    """
+    found, rest = dict[str, str](), list[str]()
+    words = list(arguments)
+    while words:
+        word = words.pop(0)
+        flag, has_value, value = word.partition("=")
+        name = flag.replace("_", "-")
+        if name in bare and not has_value:
+            found[name] = ""
+        elif name in valued:
+            if not has_value and not words:
+                raise ConfigError(f"{flag} needs a value")
+            found[name] = value if has_value else words.pop(0)
+        else:
+            rest.append(word)
+    return found, rest
+
+
 def _take_own_flags(
-    arguments: list[str], tasks: Mapping[str, Config], default: Config
+    arguments: Sequence[str], tasks: Mapping[str, Config], default: Config
 ) -> tuple[list[str], Config]:
     """Apply --task, --recipe and --layout to the default, and leave the other arguments."""
-    rest: list[str] = []
-    own: dict[str, str] = {}
-    while arguments:
-        flag, has_value, value = arguments.pop(0).partition("=")
-        if flag not in ("--task", "--recipe", "--layout"):
-            rest.append(flag + has_value + value)
-            continue
-        if not has_value:
-            if not arguments:
-                raise ConfigError(f"{flag} needs a value")
-            value = arguments.pop(0)
-        own[flag] = value
+    own, rest = take(arguments, ("--task", "--recipe", "--layout"))
     recipe = own.get("--recipe")
     tables = {} if recipe is None else _read_tables(recipe)
     said = tables.pop("task", default.task)

@@ -34,24 +34,17 @@ def main() -> None:
 
 def _take_own(arguments: list[str]) -> tuple[bool, int | None, list[str]]:
     """Whether this is a dry run, of how many ranks, and the other arguments."""
-    dry, ranks, rest = False, None, list[str]()
-    words = list(arguments)
-    while words:
-        word, _, value = words.pop(0).partition("=")
-        if word in ("--dry-run", "--dry_run") and not value:
-            dry = True
-        elif word == "--ranks":
-            value = value or (words.pop(0) if words else "")
-            if not value.isdecimal() or int(value) < 1:
-                raise ConfigError(f"--ranks needs a number of ranks, not {value!r}")
-            ranks = int(value)
-        else:
-            rest.append(word + ("=" + value if _ else ""))
-    if ranks is not None and not dry:
+    own, rest = commands.take(arguments, ("--ranks",), ("--dry-run",))
+    dry, said = "--dry-run" in own, own.get("--ranks")
+    if said is None:
+        return dry, None, rest
+    if not said.isdecimal() or int(said) < 1:
+        raise ConfigError(f"--ranks needs a number of ranks, not {said!r}")
+    if not dry:
         raise ConfigError(
             "--ranks goes with --dry-run; the ranks of a run are those that mpirun starts"
         )
-    return dry, ranks, rest
+    return dry, int(said), rest
 
 
 if __name__ == "__main__":

@@ -48,27 +48,12 @@ def main() -> None:
 
 def _take_own(arguments: list[str]) -> tuple[Asked, list[str]]:
     """What the flags that only this command has ask for, and the other arguments."""
-    rows, table, rest = "one", None, []
-    words = [part for one in arguments for part in _parted(one)]
-    while words:
-        word = words.pop(0)
-        if word == "--suite":
-            rows = "suite"
-        elif word == "--table":
-            if not words:
-                raise ConfigError("--table needs the name of a file")
-            table = words.pop(0)
-        elif word == "--layout" and words[:1] == ["all"]:
-            rows = "all" if rows == "one" else rows
-            words.pop(0)
-        else:
-            rest.append(word)
-    return Asked(rows, table), rest
-
-
-def _parted(argument: str) -> list[str]:
-    flag, has_value, value = argument.partition("=")
-    return [flag, value] if has_value and flag in ("--layout", "--table") else [argument]
+    own, rest = commands.take(arguments, ("--table", "--layout"), ("--suite",))
+    layout = own.get("--layout")
+    rows = "suite" if "--suite" in own else "all" if layout == "all" else "one"
+    if layout not in (None, "all"):
+        rest += ["--layout", str(layout)]
+    return Asked(rows, own.get("--table")), rest
 
 
 def verify(config: Config, asked: Asked) -> None:

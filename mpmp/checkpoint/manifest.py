@@ -28,7 +28,7 @@ from mpmp import __version__
 from mpmp.checkpoint.blocks import Fingerprint
 from mpmp.checkpoint.contents import Contents, File, Piece, Stored
 from mpmp.checkpoint.extents import Box, volume
-from mpmp.checkpoint.meta import require_known_types
+from mpmp.checkpoint.meta import Meta, require_types
 from mpmp.checkpoint.tensorfile import DTYPES, NAMES, parse_object
 from mpmp.errors import CheckpointError
 
@@ -105,7 +105,7 @@ def parse(text: str) -> Manifest:
         step, serial = _length(content["step"]), _length(content["serial"])
         if not isinstance(layout, str):
             raise ValueError("no layout")
-        require_known_types(meta)
+        require_types("meta", meta, Meta)
         if not all(_SHARD.fullmatch(name) for name in content["files"]):
             raise ValueError(f"{sorted(content['files'])[:3]} are not names of shards")
         files = {name: fingerprint(one) for name, one in content["files"].items()}

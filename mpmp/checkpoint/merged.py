@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import mpmp
+from mpmp.checkpoint.meta import require_types
 from mpmp.config import Model
 from mpmp.errors import CheckpointError, ConfigError
 
@@ -74,13 +75,9 @@ def described_by(settings: Mapping[str, Any], tags: Any, where: str) -> Describe
 
 
 def _model(said: Mapping[str, Any]) -> Model:
-    """Settings out of a file as a model, each of its field's type; else KeyError or TypeError."""
-    hints, found = get_type_hints(Model), dict[str, Any]()
-    for name, value in said.items():
-        kinds = get_args(hints[name]) or (hints[name],)
-        listed = get_origin(hints[name]) is Literal
-        is_real = type(value) in (int, float) and float in kinds
-        if not is_real and (value if listed else type(value)) not in kinds:
-            raise TypeError(f"{name} {value!r:.80}")
-        found[name] = float(value) if is_real else value
-    return Model(**found)
+    """Settings out of a file as a model; ValueError or TypeError where they are none."""
+    require_types("model", said, Model)
+    for name, hint in get_type_hints(Model).items():
+        if get_origin(hint) is Literal and said.get(name, get_args(hint)[0]) not in get_args(hint):
+            raise ValueError(f"{name} {said[name]!r:.80}")
+    return Model(**said)

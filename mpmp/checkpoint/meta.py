@@ -40,16 +40,12 @@ class Meta:
     text_sha256: str | None
 
 
-def require_known_types(meta: Any) -> None:
+def require_types(name: str, said: Any, hint: Any) -> None:
     """Raise ValueError where an entry is of another type than it is declared with."""
-    _require("meta", meta, Meta)
-
-
-def _require(name: str, said: Any, hint: Any) -> None:
     if is_dataclass(hint) and isinstance(said, dict):
         for entry, one in get_type_hints(hint).items():
             if entry in said:
-                _require(f"{name}.{entry}", said[entry], one)
+                require_types(f"{name}.{entry}", said[entry], one)
     elif not _fits(said, hint):
         raise ValueError(f"{name} is {said!r:.50}")
 
