@@ -118,6 +118,9 @@ class Comm:
     """Algorithm of every barrier."""
     windows: Literal["auto", "on", "off"] = "auto"
     """Memory shared by the ranks of a host: where there is room, demanded, or never."""
+    overlap: Literal["auto", "on", "off"] = "auto"
+    """Sums and gathers of cut layers beside their products: over several hosts, wherever ranks send
+    messages, or never."""
     table: str | None = None
     """File of measurements, by bench, that auto chooses by; omitted: published thresholds."""
     explain: bool = False

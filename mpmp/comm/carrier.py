@@ -54,6 +54,7 @@ class Carrier:
         self._now, self._started, self._progress = now, started, progress
         self.name, self.ranks, self.hosts = now.name, now.ranks, hosts
         self.rank, self.size = now.comm.rank, now.comm.size
+        self._overlap = settings.overlap
         self._selection = Selection(settings, self.name, self.rank, hosts, table)
         self.windows: Windows | None = None
         """Memory that all ranks of the group share, where they do."""
@@ -73,6 +74,21 @@ class Carrier:
     @property
     def spent_s(self) -> float:
         return self._now.spent_s
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether what is started moves while this rank computes, so that layers had better start.
+
+        What is started in shared memory is carried out by whoever waits for it.
+        """
+        if self.size == 1 or not self._progress.threaded or self.windows is not None:
+            return False
+        several = len(set(self.hosts)) > 1
+        return {"auto": several, "on": True, "off": False}[self._overlap]
+
+    def note_wait(self, seconds: float) -> None:
+        """Count seconds that this rank has waited for what it had started."""
+        self._now.spent_s += seconds
 
     @property
     def communicator(self) -> MPI.Intracomm:

@@ -45,6 +45,8 @@ class Imagined:
     are on one host.
     """
 
+    overlaps = False
+
     def __init__(self, rank: int, size: int, axes: tuple[str, ...]) -> None:
         self.rank, self.size, self.axes = rank, size, axes
         self.hosts = (0,) * size

@@ -1,8 +1,8 @@
 """Progress: one thread that drives started operations while the rank computes.
 
     started   0  1  2  3  4  5
-    lane 0    |--- 0 ---|-- 2 --|--- 4      LANES operations are under way at once: while one of
-    lane 1      |--- 1 ---|--- 3 ---|-- 5   them waits for a latency another one fills the link
+    lane 0    |--- 0 ---|-- 2 --|--- 4      LANES operations of a group are under way at once: while
+    lane 1      |--- 1 ---|--- 3 ---|-- 5   one waits for a latency another one fills the link
 
 MPI moves nothing by itself between two calls, so an operation that was merely started would wait
 for its ``wait``. The thread carries it out, and while nothing arrives it asks MPI and naps in
@@ -12,8 +12,9 @@ asked. What one operation is late by the other hides. Once somebody waits there 
 to spare, and naps stay short. The thread needs Python's lock for some microseconds each time; a
 kernel of torch that runs meanwhile has let go of it.
 
-Operations begin in the order in which they were started, which must be the same on all ranks of a
-group; those of one lane follow one another.
+Operations of one lane follow one another, in the order in which they were started, which must be
+the same on all ranks of a group. Those of other groups do not wait for them: a sum that a layer
+needs now passes the buckets of gradients that nobody needs before the end of the step.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from collections.abc import Callable, Generator, Hashable, Iterator
 from typing import Protocol
 
 LANES = 2
-"""Operations under way at once."""
+"""Operations of one group under way at once."""
 SHORT_NAP_S, LONG_NAP_S = 100e-6, 1e-3
 
 
@@ -109,7 +110,7 @@ class Progress:
     """
 
     def __init__(self, until: Callable[..., float], threaded: bool) -> None:
-        self._until, self._threaded = until, threaded
+        self._until, self.threaded = until, threaded
         self._queue: deque[Task] = deque()
         self._under_way: list[Task] = []
         self._awaited: set[Task] = set()
@@ -133,14 +134,14 @@ class Progress:
         """Carry out a course, beside others that are not in its lane."""
         task = Task(self, course, lane)
         self._queue.append(task)
-        if self._threaded and self._thread is None:
+        if self.threaded and self._thread is None:
             self._thread = threading.Thread(target=self._run, name="mpmp-progress", daemon=True)
             self._thread.start()
         self._bell.set()
         return task
 
     def until_done(self, task: Task) -> None:
-        if not self._threaded:
+        if not self.threaded:
             while not task.done:
                 self._turn(nap=None)
         self._awaited.add(task)
@@ -179,20 +180,23 @@ class Progress:
 
     def _moved(self) -> bool:
         """Begin what may begin and go on with the rest; whether there was anything to do."""
-        moved = False
-        while self._queue and self._has_room(self._queue[0].lane):
-            self._under_way.append(self._queue.popleft())
-            moved |= self._under_way[-1].go_on()
+        moved = self._begin() if self._queue else False
         for task in self._under_way:
             moved |= not task.done and task.go_on()
         return moved
 
-    def _has_room(self, lane: Hashable) -> bool:
-        """Whether an operation may begin in a lane now."""
-        others = [task.lane for task in self._under_way]
-        if lane is None or None in others:
-            return not others
-        return len(others) < LANES and lane not in others
+    def _begin(self) -> bool:
+        """Begin the first of each free lane; what has none begins alone, and nothing passes it."""
+        moved, busy = False, {task.lane for task in self._under_way}
+        for task in list(self._queue):
+            if None in busy or (task.lane is None and busy):
+                break
+            if task.lane not in busy:
+                self._queue.remove(task)
+                self._under_way.append(task)
+                moved |= task.go_on()
+            busy.add(task.lane)
+        return moved
 
     def _nap(self, waited_s: float) -> float:
         return SHORT_NAP_S if self._awaited else growing(max(waited_s, 2 * self._usual_s))

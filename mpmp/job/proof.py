@@ -127,6 +127,9 @@ def _combined(world: int) -> Iterator[Row]:
         yield Row(layout_name(1, context=world), {"parallel.attention": "ulysses"})
         yield Row(layout_name(1, tensor=world, sequence=True))
         yield Row(layout_name(1, tensor=world), {"model.tied": False})
+        messages = {"comm.windows": "off", "comm.overlap": "on"}
+        for sequence in (False, True):
+            yield Row(layout_name(1, tensor=world, sequence=sequence), messages)
     for recompute in ("selective", "full"):
         yield Row(layout_name(1, tensor=world), {"train.recompute": recompute})
     if world % 2 == 0:

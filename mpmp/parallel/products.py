@@ -7,9 +7,10 @@
              to sharded over T: reduce-scatter          allgather
 
 Partial sums are written by the product straight into memory that the ranks share, where the sum
-is taken there. What was gathered is gathered once more in backward rather than kept (Korthikanti
-et al. 2022, section 4.2.2). A split backward leaves the weight's gradient for later
-(``deferred.py``).
+is taken there; over a network it moves beside the products (``beside.py``). What was gathered is
+gathered once more in backward rather than kept (Korthikanti et al. 2022, section 4.2.2): beside the
+product that gives the input's gradient, whose sum moves beside that of the weight's. A split
+backward leaves the weight's gradient for later (``deferred.py``).
 
 Shapes: B batch, T time, D in, K out; u is this rank's piece of T.
 """
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -28,7 +29,7 @@ from torch.nn import functional as F
 
 from mpmp.comm.group import Group
 from mpmp.parallel import landing
-from mpmp.parallel.adjoints import all_pieces, own_piece_of_sum
+from mpmp.parallel.beside import Gathered, summed
 from mpmp.parallel.deferred import Deferred
 
 _Given = TypeVar("_Given", Tensor, Tensor | None)
@@ -60,6 +61,23 @@ class Way:
     sequence: bool = False
     transient: bool = False
     call: Callable[..., Any] = lambda function, *arguments: function.apply(*arguments)
+
+    def gathered(self, own_BuD: Tensor, length: int) -> Gathered:
+        """All tokens of what goes into a product."""
+        return Gathered(own_BuD, self.group, length, self.sequence)
+
+    def summed(
+        self,
+        shape: Sequence[int],
+        like: Tensor,
+        compute: Callable[[slice, Tensor], object],
+        ahead: bool = False,
+    ) -> Callable[[], Tensor]:
+        """What waits for the sum of partial sums (see ``beside.summed``)."""
+        # In memory that ranks share where the sum is taken there.
+        empty = torch.empty if self.sequence or self.group.size == 1 else self.group.empty
+        partial_BTK = empty(tuple(shape), dtype=like.dtype, device=like.device)
+        return summed(partial_BTK, compute, self.group, sequence=self.sequence, ahead=ahead)
 
 
 def column(x: Tensor, uses: Sequence[Use], way: Way, length: int) -> tuple[Tensor, ...]:
@@ -108,28 +126,33 @@ class _Column(torch.autograd.Function):
         dtype = dtype_of_products(x)
         own_BuD = x.to(dtype)
         ctx.uses, ctx.way, ctx.length, ctx.dtype = uses, way, length, dtype
-        x_BTD = _gathered(own_BuD, way, length)
+        inputs = way.gathered(own_BuD, length)
         weights = [_cast(use, way, dtype) for use in uses]
         ctx.save_for_backward(own_BuD, *_kept(weights, uses, way))
-        return tuple(
-            F.linear(x_BTD, own_matrix(weight, use), _as(own_vector(use.bias, use), dtype))
+        linears = [
+            (own_matrix(weight, use), _as(own_vector(use.bias, use), dtype))
             for weight, use in zip(weights, uses, strict=True)
-        )
+        ]
+        found = [[F.linear(x_bTD, *linear) for linear in linears] for x_bTD in inputs.pieces()]
+        return tuple(_joined(pieces) for pieces in zip(*found, strict=True))
 
     @staticmethod
     @once_differentiable  # a second derivative would need sums over the ranks, too
     def backward(ctx: Any, *grads_BTK: Tensor) -> tuple[Tensor | None, ...]:
         own_BuD, *weights = ctx.saved_tensors
         way, uses = ctx.way, ctx.uses
+        inputs = way.gathered(own_BuD, ctx.length)
+        if any(ctx.needs_input_grad[4::2]) and not way.deferred.active:
+            inputs.start()
         x_grad = None
         if ctx.needs_input_grad[0]:
             matrices = [
                 own_matrix(weight, use).to(ctx.dtype)
                 for weight, use in zip(weights, uses, strict=True)
             ]
-            x_grad = _summed(_product_of(grads_BTK, matrices, way), way)
-        found = _gradients(ctx, grads_BTK, cache(lambda: _gathered(own_BuD, way, ctx.length)), 4)
-        return (x_grad, None, None, None, *found)
+            x_grad = _sum_of_products(grads_BTK, matrices, way)
+        found = _gradients(ctx, grads_BTK, inputs.whole, 4)
+        return (x_grad and x_grad(), None, None, None, *found)
 
 
 class _Row(torch.autograd.Function):
@@ -145,15 +168,12 @@ class _Row(torch.autograd.Function):
     @once_differentiable  # as above
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x_BTD, weight = ctx.saved_tensors
-        grad_BTK = _gathered(grad, ctx.way, ctx.length)
-        x_grad = grad_BTK @ weight.to(ctx.dtype) if ctx.needs_input_grad[0] else None
-        return (x_grad, None, None, *_gradients(ctx, (grad_BTK,), lambda: x_BTD, 3))
-
-
-def _gathered(x: Tensor, way: Way, length: int) -> Tensor:
-    if way.group.size == 1 or not way.sequence:
-        return x
-    return all_pieces(x, way.group, length, 1).contiguous()
+        grads = ctx.way.gathered(grad, ctx.length)
+        x_grad = None
+        if ctx.needs_input_grad[0]:
+            matrix = weight.to(ctx.dtype)
+            x_grad = _joined([grad_bTK @ matrix for grad_bTK in grads.pieces()])
+        return (x_grad, None, None, *_gradients(ctx, (grads.whole(),), lambda: x_BTD, 3))
 
 
 def summed_product(x_BTD: Tensor, weight: Tensor, use: Use, way: Way) -> Tensor:
@@ -162,34 +182,30 @@ def summed_product(x_BTD: Tensor, weight: Tensor, use: Use, way: Way) -> Tensor:
     bias = _as(use.bias, x_BTD.dtype) if way.group.rank == 0 else None
     if way.group.size == 1:
         return F.linear(x_BTD, weight, bias)
-    if way.sequence:
-        return own_piece_of_sum(F.linear(x_BTD, weight, bias), way.group, 1)
-    partial = way.group.empty((*x_BTD.shape[:-1], len(weight)), x_BTD.dtype, x_BTD.device)
-    if bias is None:
-        torch.mm(_rows(x_BTD), weight.t(), out=_rows(partial))
-    else:
-        torch.addmm(bias, _rows(x_BTD), weight.t(), out=_rows(partial))
-    return way.group.allreduce(partial, out=partial)
+    rows_ND = _rows(x_BTD)
+
+    def compute(rows: slice, out_nK: Tensor) -> None:
+        if bias is None:
+            torch.mm(rows_ND[rows], weight.t(), out=out_nK)
+        else:
+            torch.addmm(bias, rows_ND[rows], weight.t(), out=out_nK)
+
+    return way.summed((*x_BTD.shape[:-1], len(weight)), x_BTD, compute)()
 
 
-def _product_of(grads: Sequence[Tensor], matrices: Sequence[Tensor], way: Way) -> Tensor:
-    """The sum of the products, in shared memory where the sum over the ranks is taken there."""
-    (*outer, _), features = grads[0].shape, matrices[0].shape[1]
-    empty = torch.empty if way.sequence or way.group.size == 1 else way.group.empty
-    total = empty((*outer, features), dtype=grads[0].dtype, device=grads[0].device)
-    torch.mm(_rows(grads[0]), matrices[0], out=_rows(total))
-    for grad, matrix in zip(grads[1:], matrices[1:], strict=True):
-        _rows(total).addmm_(_rows(grad), matrix)
-    return total
+def _sum_of_products(
+    grads: Sequence[Tensor], matrices: Sequence[Tensor], way: Way
+) -> Callable[[], Tensor]:
+    """What waits for the sum of the products, over the weights and over the ranks."""
+    grads_NK = [_rows(grad) for grad in grads]
 
+    def compute(rows: slice, out_nD: Tensor) -> None:
+        torch.mm(grads_NK[0][rows], matrices[0], out=out_nD)
+        for grad_NK, matrix in zip(grads_NK[1:], matrices[1:], strict=True):
+            out_nD.addmm_(grad_NK[rows], matrix)
 
-def _summed(x_BTD: Tensor, way: Way) -> Tensor:
-    """The sum of the ranks' partial sums, or this rank's piece of it."""
-    if way.group.size == 1:
-        return x_BTD
-    if way.sequence:
-        return own_piece_of_sum(x_BTD, way.group, 1)
-    return way.group.allreduce(x_BTD, out=x_BTD)
+    shape = (*grads[0].shape[:-1], matrices[0].shape[1])
+    return way.summed(shape, grads[0], compute, ahead=True)
 
 
 def _gradients(
@@ -266,6 +282,10 @@ def _kept(cast: Sequence[Tensor], uses: Sequence[Use], way: Way) -> list[Tensor]
     Those themselves, not views of them: memory that is filled anew must be found there.
     """
     return [use.weight if way.transient else one for one, use in zip(cast, uses, strict=True)]
+
+
+def _joined(pieces: Sequence[Tensor]) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -319,6 +319,49 @@ def training(
     }
 
 
+# --- tensor parallel steps ------------------------------------------------------------------------
+
+
+class Cut:
+    """Training steps of a GPT whose layers are cut over all ranks."""
+
+    def __init__(self, ranks: Ranks, overlap: str, sequence: bool, model: dict[str, int]) -> None:
+        asked = config.Config(
+            model=config.Model(**model),
+            train=config.Train(batch=4),
+            parallel=config.Parallel(tensor=ranks.world.size, sequence=sequence),
+            comm=config.Comm(overlap=overlap),  # type: ignore[arg-type]
+        )
+        objective = setup.make_objective(asked, load(config.Data()))
+        self._ranks, self.mesh = ranks, setup.make_mesh(asked, ranks.world)
+        self._training = Training(asked, self.mesh, objective)
+
+    def step(self) -> tuple[float, float]:
+        """Seconds of a forward and backward on the slowest rank, and of waiting in them."""
+        one, group = self._training, self.mesh.tensor
+        batch, counted = one._microbatches(0), one.objective.counted(0)
+        before = group.spent_s
+        step = self._ranks.slowest_run(lambda: one.pipeline.train(batch, counted, 1, one.sharded))
+        return step, self._ranks.slowest(group.spent_s - before)
+
+
+def tensor(
+    ranks: Ranks, model: dict[str, int], sequence: bool, repeats: int
+) -> list[dict[str, float]]:
+    """Steps with movements at once and beside products, in turns."""
+    ranks.before_other_sessions()
+    ways = {name: Cut(ranks, name, sequence, model) for name in ("off", "on")}
+    rows = []
+    for _ in range(repeats + 1):
+        row = {}
+        for name, one in ways.items():
+            row[name], row[f"{name} waits"] = one.step()
+        rows.append(row)
+    for one in ways.values():
+        one.mesh.free()
+    return rows[1:]
+
+
 def switch_s() -> float:
     """Processor time of the switch, which is process 1."""
     words = Path("/proc/1/stat").read_text().rpartition(")")[2].split()
@@ -330,6 +373,7 @@ KINDS: dict[str, Callable[..., Any]] = {
     "times": time_cases,
     "overlap": overlap,
     "training": training,
+    "tensor": tensor,
 }
 
 

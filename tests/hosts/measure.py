@@ -244,6 +244,20 @@ def training_part(cluster: Cluster) -> list[str]:
     return lines
 
 
+def tensor_part(cluster: Cluster) -> list[str]:
+    """Tensor parallel steps, whose sums and gathers move beside products, and not."""
+    lines = ["| | at once, s | waiting | beside, s | waiting | speedup |", "|---|" + "---:|" * 5]
+    for sequence in (False, True):
+        model = {"layers": 4, "width": 384, "heads": 6, "context": 256}
+        found = cluster.ask("tensor", model=model, sequence=sequence, repeats=7)
+        columns = ("off", "off waits", "on", "on waits")
+        times = {name: statistics.median(row[name] for row in found) for name in columns}
+        ratios = statistics.median(row["off"] / row["on"] for row in found)
+        cells = " | ".join(f"{times[name]:.3f}" for name in columns)
+        lines.append(f"| tp{cluster.hosts}{'.sp' * sequence} | {cells} | {ratios:.2f} |")
+    return lines
+
+
 PARTS: dict[str, Callable[[Cluster], list[str]]] = {
     "bytes": bytes_part,
     "model": model_part,
@@ -251,6 +265,7 @@ PARTS: dict[str, Callable[[Cluster], list[str]]] = {
     "hosts": hosts_part,
     "overlap": overlap_part,
     "training": training_part,
+    "tensor": tensor_part,
 }
 
 

@@ -74,22 +74,21 @@ def test_operations_of_one_lane_follow_one_another(progress):
     assert said == [f"{n} {what}" for n in range(3) for what in ("begins", "ends")]
 
 
-def test_no_more_than_the_lanes_are_under_way_and_what_has_no_lane_is_alone():
+def test_a_free_lane_passes_those_that_wait_and_nothing_passes_what_has_no_lane():
+    """A layer's sum would else stand behind all buckets of gradients."""
     progress = Progress(until, threaded=False)
-    word, most = Awaited(), []
-
-    def course() -> Course:
-        most.append(len(progress._under_way))
-        word.there = len(most) >= LANES
-        yield word
-
-    handles = [progress.drive(course(), lane) for lane in range(2 * LANES)]
-    alone: list[int] = []
-    last = progress.start(lambda: alone.append(len(progress._under_way)))
-    last.wait()
-    for handle in handles:
+    said: list[str] = []
+    never, told = Awaited(), Awaited()
+    told.there = True
+    buckets = [progress.drive(needs(never, said, f"bucket {n}"), lane="data") for n in range(3)]
+    progress.drive(needs(told, said, "layer"), lane="tensor").wait()
+    assert said == ["bucket 0 begins", "layer begins", "layer ends"]
+    alone = progress.start(lambda: said.append(f"alone of {len(progress._under_way)}"))
+    behind = progress.drive(needs(told, said, "behind"), lane="tensor")
+    never.there = True
+    for handle in (behind, alone, *buckets):
         handle.wait()
-    assert max(most) == LANES and alone == [1]
+    assert said[-3:] == ["alone of 1", "behind begins", "behind ends"]
 
 
 def test_an_error_ends_its_own_operation_and_is_seen_inside_of_it(progress):
@@ -132,7 +131,7 @@ def test_many_started_from_several_threads_all_end(progress):
 
     def start() -> None:
         for handle in [progress.drive(needs(word, said, "x"), lane=n % 3) for n in range(50)]:
-            if progress._threaded:
+            if progress.threaded:
                 handle.wait()
 
     threads = [threading.Thread(target=start) for _ in range(4)]

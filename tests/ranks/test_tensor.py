@@ -7,6 +7,9 @@ import torch
 from torch.nn import functional as F
 
 import mpmp
+from mpmp.comm.mesh import Mesh
+from mpmp.config import Comm
+from mpmp.parallel import beside
 from mpmp.parallel.cross_entropy import vocab_parallel_cross_entropy
 from mpmp.parallel.maker import Maker
 from mpmp.parallel.merge import merge
@@ -28,9 +31,24 @@ def mesh(world):
     return mpmp.mesh(tensor=world.size)
 
 
+@pytest.fixture(scope="module")
+def talking(world):
+    """A mesh whose ranks send messages, beside products."""
+    return Mesh.over(world, tensor=world.size, settings=Comm(windows="off", overlap="on"))
+
+
 @pytest.fixture(params=(False, True), ids=("whole", "pieces"))
 def make(mesh, request):
     return Maker(mesh, seed=3, dtype=torch.float64, sequence=request.param)
+
+
+@pytest.fixture(params=("whole", "pieces", "whole beside", "pieces beside"))
+def make_each_way(mesh, talking, request, monkeypatch):
+    """What moves between layers moves at once, or beside products in several pieces."""
+    how, _, beside_products = request.param.partition(" ")
+    monkeypatch.setattr(beside, "LEAST_BYTES", 1)
+    chosen = talking if beside_products else mesh
+    return Maker(chosen, seed=3, dtype=torch.float64, sequence=how == "pieces")
 
 
 def randn(*shape, seed=0):
@@ -71,7 +89,8 @@ def close(a, b):
 @pytest.mark.parametrize("bias", (True, False), ids=("bias", "none"))
 @pytest.mark.parametrize("hidden", (8, 7))
 @pytest.mark.parametrize("blocks", (1, 3))
-def test_column_then_row_is_two_linears(make, hidden, blocks, bias):
+def test_column_then_row_is_two_linears(make_each_way, hidden, blocks, bias):
+    make = make_each_way
     column = ColumnParallelLinear(make, "up", 5, hidden, std=0.5, blocks=blocks, bias=bias)
     row = RowParallelLinear(make, "down", hidden, 6, std=0.5, bias=bias)
     for one in (*column.parameters(), *row.parameters()):
