@@ -7,7 +7,8 @@
     blocked   what of it keeps the steps from going on: the copy
     load      by ranks that each want a piece of every tensor, of what replicas have written
 
-Old checkpoints are removed between the turns: what that costs hangs on the file system.
+What was written is removed before the next kind: what that costs hangs on the file system, and
+memory for pages that the kernel never had before is slow in a virtual machine.
 """
 
 from __future__ import annotations
@@ -92,13 +93,12 @@ class Session:
 
     def turn(self) -> None:
         """Each kind once."""
-        on_first("remove what was saved", lambda: _clear(self._folder), self._mesh)
         self._time("write", lambda: self._write(early=False))
         self._time("early", lambda: self._write(early=True))
         self._time("save", lambda: self._save(self._at_once))
         self._time("behind", lambda: self._save(self._background))
         self._note("blocked", self._blocked_s)
-        self._time("load", self._load)
+        self._time("load", self._load, clear=False)
 
     def said(self) -> str:
         """The last time of each kind."""
@@ -123,8 +123,10 @@ class Session:
             f"{self.bytes / 1e6:,.0f} MB in {self._folder}"
         )
 
-    def _time(self, kind: str, work: Callable[[], object]) -> None:
+    def _time(self, kind: str, work: Callable[[], object], *, clear: bool = True) -> None:
         """Seconds from when the disk has nothing left to do."""
+        if clear:
+            on_first("remove what was saved", lambda: _clear(self._folder), self._mesh)
         on_first("have all on the disk", os.sync, self._mesh)
         self._mesh.everyone.barrier()
         began = time.perf_counter()
@@ -170,7 +172,7 @@ class Session:
             box[number % 2] = partition(one.shape[number % 2], group.size)[group.rank]
             shape = tuple(one.shape)
             parts.append(Held(key, shape, tuple(box), torch.empty(lengths(tuple(box)))))
-        loaded = checkpoint.load(self._folder / "at_once", lambda _: parts, self._mesh)
+        loaded = checkpoint.load(self._folder / "background", lambda _: parts, self._mesh)
         read = torch.tensor([loaded.read_bytes], dtype=torch.float64)
         self._read = float(group.allreduce(read))
 
