@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mpmp.checkpoint.hashing import Block, hash_blocks
+from mpmp.checkpoint.hashing import Block, has_pairs, hash_blocks
 from mpmp.checkpoint.points import point
 from mpmp.errors import CheckpointError
 
@@ -62,9 +62,10 @@ class Fingerprint:
 
 def write_file(path: Path, parts: Sequence[memoryview]) -> Fingerprint:
     """Make a new file of some bytes, one part after the other, and have it on the disk."""
-    # With this one as many threads as the rank computes with: one more, and they would take the
-    # core from the one that keeps the disk busy.
-    with ThreadPoolExecutor(max(1, torch.get_num_threads() - 1), "hash") as beside:
+    threads = torch.get_num_threads()  # one core alone hashes no faster than a disk writes ..
+    if threads > 1 and has_pairs():
+        threads -= 1  # .. but by pairs it does, and then this thread wants a core to keep it busy
+    with ThreadPoolExecutor(threads, "hash") as beside:
         hashed = beside.map(hash_blocks, _pairs(_blocks(parts, BLOCK_BYTES)))
         with open(path, "xb") as file:
             written = begun = 0
@@ -72,7 +73,7 @@ def write_file(path: Path, parts: Sequence[memoryview]) -> Fingerprint:
                 for start in range(0, len(part), _WRITE_BYTES):
                     written += file.write(part[start : start + _WRITE_BYTES])
                     if written - begun >= _WRITE_BYTES:
-                        # Whole blocks: a page that is being written could not be added to.
+                        # Whole blocks: what is added to a page may have to wait for its writing.
                         whole = (written - begun) // BLOCK_BYTES * BLOCK_BYTES
                         begin_writing(file.fileno(), begun, whole)
                         begun += whole

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,14 @@ from mpmp.checkpoint import blocks, hashing
 from mpmp.checkpoint.hashing import hash_blocks
 
 LENGTHS = [*range(1, 130), 1000, 4095, 1 << 20]
+
+
+@pytest.fixture(autouse=True)
+def forget() -> Iterator[None]:
+    """What is known of this machine is found out anew after each test."""
+    yield
+    build.library.cache_clear()
+    hashing.has_pairs.cache_clear()
 
 
 def data(size: int, seed: int = 0) -> memoryview:
@@ -39,7 +48,7 @@ def test_the_kernel_itself_where_the_processor_has_the_instructions() -> None:
     places = [np.frombuffer(one, dtype=np.uint8).ctypes.data for one in (first, second)]
     found = ctypes.create_string_buffer(b"\xaa" * 80, 80)
     done = build.library().mpmp_sha256_pair(777, *places, found)
-    assert done == (" sha_ni" in flags)
+    assert done == hashing.has_pairs() == (" sha_ni" in flags)
     digests = b"".join(hashlib.sha256(one).digest() for one in (first, second))
     assert found.raw == (digests if done else b"\xaa" * 64) + b"\xaa" * 16
 
@@ -48,17 +57,17 @@ def test_the_kernel_itself_where_the_processor_has_the_instructions() -> None:
 def test_one_block_or_several_pieces_or_no_compiler(
     monkeypatch: pytest.MonkeyPatch, has_kernels: bool
 ) -> None:
-    def fails() -> ctypes.CDLL:
-        raise build.BuildError("there is no C compiler")
-
     if not has_kernels:
-        monkeypatch.setattr(build, "library", fails)
+        monkeypatch.setenv("CC", "/nowhere/cc")
+    build.library.cache_clear()
+    hashing.has_pairs.cache_clear()
     a, b, c = data(300), data(300, seed=1), data(299, seed=2)
     assert hash_blocks([[a]]) == right(a)
     assert hash_blocks([[a], [b]]) == right(a, b)
     assert hash_blocks([[a], [c]]) == right(a, c)
     assert hash_blocks([[a[:17], a[17:]], [b]]) == right(a, b)
     assert hash_blocks([[], []]) == right(a[:0], a[:0])
+    assert has_kernels or not hashing.has_pairs()
 
 
 @pytest.mark.parametrize("sizes", [[], [1], [100, 5 << 20, 7, 1 << 20, 1, (2 << 20) - 9]])
