@@ -19,7 +19,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("window.c", "layers.c"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("window.c", "layers.c", "sha256.c"))
 FLAGS = ("-O3", "-std=gnu11", "-shared", "-fPIC", "-fopenmp-simd", "-fno-math-errno")
 """Sums are taken by lanes where `omp simd` says so, and there alone."""
 NATIVE = ("-march=native", "-mcpu=native", "")
@@ -184,6 +184,7 @@ def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
     }.items():
         function = getattr(found, f"mpmp_{name}")
         function.argtypes, function.restype = kinds, None
+    found.mpmp_sha256_pair.argtypes = [number, address, address, address]
     # Without argtypes: a call then takes the prebuilt arguments as they are, 0.2 us sooner.
     found.mpmp_run.restype = ctypes.c_int
     return found

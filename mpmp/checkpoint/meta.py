@@ -1,7 +1,8 @@
 """What a checkpoint's ``meta`` says beside tensors; types are checked once, where it is read.
 
 A manifest with the right hash may still have been written by a bug. What is known has the type
-that it is declared with, where it is there at all; other entries may be anything.
+that it is declared with, where it is there at all, and what counts or lasts is not negative; other
+entries may be anything.
 """
 
 from __future__ import annotations
@@ -9,22 +10,26 @@ from __future__ import annotations
 import types
 from dataclasses import dataclass, is_dataclass
 from math import isfinite
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NewType, Union, get_args, get_origin, get_type_hints
 
 from mpmp.config import Config
+
+Count = NewType("Count", int)
+Amount = NewType("Amount", float)
+"""Neither is negative."""
 
 
 @dataclass(frozen=True)
 class Optimizer:
-    updates: int
+    updates: Count
 
 
 @dataclass(frozen=True)
 class Scale:
     """Of :class:`mpmp.optim.scale.LossScale`; empty where there is none."""
 
-    value: float
-    good: float
+    value: Amount
+    good: Amount
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,7 @@ class Meta:
     optimizer: Optimizer
     scale: Scale
     cut: str
-    elapsed_s: float
+    elapsed_s: Amount
     text_sha256: str | None
 
 
@@ -58,6 +63,8 @@ def _fits(said: Any, hint: Any) -> bool:
         return any(type(said) is type(one) for one in inner)
     if origin is list:
         return isinstance(said, list) and all(_fits(one, inner[0]) for one in said)
+    if hint in (Count, Amount):
+        return _fits(said, hint.__supertype__) and said >= 0
     if hint is float:
         return (type(said) is float and isfinite(said)) or _fits(said, int)
     if hint is int:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mpmp import commands
-from mpmp.checkpoint import ALONE, Held, huggingface, merged
+from mpmp.checkpoint import ALONE, Held, huggingface, merged, save
 from mpmp.checkpoint.huggingface.byte_tokenizer import tokenizer_config_json, tokenizer_json
 from mpmp.checkpoint.huggingface.files import ends_of_text, special_tokens
 from mpmp.checkpoint.huggingface.settings import FAMILIES, config_json, understood
@@ -270,6 +270,23 @@ def test_export_then_import_is_byte_equal_and_transformers_loads_it(tmp_path, ca
 
     found, expected = (hf_models.logits(one, case) for one in (again.eval(), theirs))
     assert torch.allclose(found, expected, rtol=1e-14, atol=1e-14)
+
+
+def test_damage_of_a_step_is_told_with_its_name_and_the_way_out(tmp_path):
+    model = Model(layers=1, heads=1, width=4, context=4, vocabulary=5)
+    held = [
+        Held.whole(f"weight/{name}", torch.zeros_like(one))
+        for name, one in ours_of(model, (), torch.float32).items()
+    ]
+    step = save(tmp_path / "run", 7, held, {"config": {"model": asdict(model)}}, ALONE, 1)
+    huggingface.export_folder(str(step), str(tmp_path / "good"), 1 << 30)
+    shard = step / "shard_00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\x55")
+    said = rf"{step}: shard_00000\S* is damaged in block 0 of 1 .*; name an older step's folder"
+    for source in (step, tmp_path / "run"):
+        with pytest.raises(CheckpointError, match=said):
+            huggingface.export_folder(str(source), str(tmp_path / "out"), 1 << 30)
+    assert {one.name for one in tmp_path.iterdir()} == {"run", "good"}
 
 
 def test_an_export_takes_a_place_of_its_own(tmp_path, monkeypatch):

@@ -165,6 +165,28 @@ def test_4_ranks_go_on_from_every_layout_in_every_layout(
     resume_each_in(world, run, text, layouts, model, every_pair=True)
 
 
+@pytest.mark.slow
+@pytest.mark.ranks(4, timeout=300)
+@pytest.mark.parametrize("before, after", [("dp4", "tp4"), ("tp4", "dp4"), ("dp4.zero3", "tp4")])
+def test_4_ranks_together_read_what_they_need_once(
+    world: World, run: Path, text: Path, before: str, after: str
+) -> None:
+    """Of 44 MB of weights and moments, in files of many blocks."""
+    model = replace(DENSE, width=192)
+    one, other = (Trained(world, layout, model, text) for layout in (before, after))
+    one.steps(0, HALF)
+    one.save(run / "run")
+    saved = one.digest()
+    read_bytes = world.comm.allreduce(other.resume(run / "run"))
+    whole = merged(other.mesh, state.held(other.training))
+    needed = sum(tensor.nbytes for tensor in whole.values())
+    same = digest(whole) == saved
+    for trained in (one, other):
+        trained.mesh.free()
+    assert same and needed > 40e6
+    assert 1.0 <= read_bytes / needed <= 1.1, (read_bytes, needed)
+
+
 @pytest.mark.ranks(3, timeout=120)
 def test_3_ranks_with_uneven_pieces(world: World, run: Path, text: Path) -> None:
     resume_each_in(

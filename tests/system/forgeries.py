@@ -75,14 +75,14 @@ CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
     "layout is a number": lambda c: c.update(layout=3),
     "meta is a list": lambda c: c.update(meta=[]),
     **{
-        f"meta {name} is {value!r:.12}": in_meta(name, value)
+        f"meta {name} is {value!r:.18}": in_meta(name, value)
         for name, values in {
             "config": ([1], {"model": 3}, {"parallel": {"schedule": 3}}, {"train": {"batch": "x"}}),
             "tags": (3, [[]]),
-            "optimizer": ([], {"updates": "x"}, {"updates": 10**30}),
-            "scale": (1, {"value": None}),
+            "optimizer": ([], {"updates": "x"}, {"updates": 10**30}, {"updates": -1}),
+            "scale": (1, {"value": None}, {"value": -2.0}, {"good": -1.0}),
             "cut": (3,),
-            "elapsed_s": (None, 10**400, float("nan")),
+            "elapsed_s": (None, 10**400, float("nan"), -0.5),
         }.items()
         for value in values
     },

@@ -17,7 +17,7 @@ from harness import ROOT, Run
 from harness.launch import clean_environment
 
 PLANTED = Path(__file__).parent / "planted"
-HOME: dict[str, str | None] = {"PYTHONPATH": str(ROOT), "MPMP_TRACEBACK": None}
+HOME: dict[str, str | None] = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "MPMP_TRACEBACK": None}
 """Commands run in folders of their own and find mpmp all the same."""
 
 SMALL = split(

@@ -23,8 +23,9 @@ def test_rows_of_two_ranks_and_nothing_is_left(tmp_path: Path) -> None:
     assert done.rc == 0 and done.left_behind == 0, done.text
     with path.open() as file:
         rows = {row["what"]: row for row in csv.DictReader(file)}
-    assert list(rows) == ["write", "save", "behind", "blocked", "load"]
+    assert list(rows) == ["write", "early", "save", "behind", "blocked", "load"]
     assert all(0 < float(row["least_s"]) <= float(row["median_s"]) for row in rows.values())
+    assert max(float(rows[kind]["ratio"]) for kind in ("write", "early")) == 1.0
     assert 1.0 <= float(rows["load"]["ratio"]) <= 1.1
     assert [one.name for one in folder.iterdir()] == [".lock"]
     assert "of the disk's speed" in done.stdout

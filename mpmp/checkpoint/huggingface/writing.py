@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -23,6 +23,7 @@ from mpmp.checkpoint.contents import Contents
 from mpmp.checkpoint.dealing import read
 from mpmp.checkpoint.exporting import write_tensors
 from mpmp.checkpoint.folder import sync_folder
+from mpmp.checkpoint.held import Held
 from mpmp.checkpoint.huggingface.byte_tokenizer import (
     is_of_bytes,
     tokenizer_config_json,
@@ -39,7 +40,7 @@ from mpmp.checkpoint.huggingface.files import (
 )
 from mpmp.checkpoint.huggingface.settings import config_json, family_of
 from mpmp.checkpoint.huggingface.tensors import Part, as_ours, parts
-from mpmp.checkpoint.loading import tensor_files
+from mpmp.checkpoint.loading import read_step, tensor_files
 from mpmp.checkpoint.merged import Described, described_by
 from mpmp.errors import CheckpointError, ConfigError
 
@@ -55,6 +56,8 @@ class Source:
     prefix: str
     folder: Path
     """Where the tokenizer lies."""
+    step: Path | None
+    """The folder of the step that it is; of a merged file none."""
 
     @property
     def tensors(self) -> dict[str, tuple[Shape, torch.dtype]]:
@@ -64,6 +67,13 @@ class Source:
             for key, one in sorted(self.contents.tensors.items())
             if key.startswith(self.prefix)
         }
+
+    def fill(self, held: Sequence[Held]) -> None:
+        """Fill tensors, or raise what says whose damage it is."""
+        if self.step is None:
+            read(self.contents, held, ALONE)
+        else:
+            read_step(self.step, self.contents, held, ALONE)
 
 
 def export_folder(source: str, target: str, shard_bytes: int) -> list[Path]:
@@ -110,12 +120,12 @@ def _source(source: str) -> Source:
                 f"{source} does not say what model it holds; export the checkpoint that it comes of"
             )
         contents = tensor_files([Path(one) for one in seen.paths], ALONE)
-        return Source(described, contents, "", path.parent)
+        return Source(described, contents, "", path.parent, None)
     chosen = choose(source)
     step, manifest = chosen.newest()
     meta = manifest.meta
     described = described_by(meta.get("config", {}), meta.get("tags"), str(step))
-    return Source(described, manifest.contents(step), "weight/", chosen.run)
+    return Source(described, manifest.contents(step), "weight/", chosen.run, step)
 
 
 def _write(source: Source, folder: Path, shard_bytes: int) -> list[str]:
@@ -196,7 +206,7 @@ def _write_file(
         for name, found in places.items()
         for one in as_ours(source.prefix + name, source.tensors[name][0], found, tensors)
     ]
-    read(source.contents, held, ALONE)
+    source.fill(held)
     write_tensors(path, tensors, {})
 
 
