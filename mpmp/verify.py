@@ -76,10 +76,8 @@ def verify(config: Config, asked: Asked) -> None:
     world = setup.begin(config)
     whole = setup.make_mesh(config, world)
     tasks = {config.task: TASKS[config.task](config, whole)}
-    named: list[tuple[str, Config]]
-    if asked.rows == "one":
-        named = [("", config)]
-    else:
+    named = [("", config)]
+    if asked.rows != "one":
         tags = tasks[config.task].objective.tags
         factored = proof.factored(world.size, config, tags)
         rows = factored if asked.rows == "all" else proof.suite(world.size, config)

@@ -160,9 +160,9 @@ def _tagging(world: int) -> Iterator[Row]:
     if world % 4 == 0:
         layouts.append(layout_name(world // 4, pipeline=2, tensor=2, zero=1))
         layouts.append(layout_name(1, pipeline=world // 4, context=2, tensor=2, sequence=True))
-    yield from (Row(layout, task="tagging") for layout in layouts)
+    yield from (Row(layout, task="tagging") for layout in dict.fromkeys(layouts))
     # Sentences are padded to the longest; some replicas, and the last microbatches, have fewer.
-    uneven = {"train.batch": 2 * world + 3, "model.context": 29}
+    uneven = {"train.batch": 3 * world - 1, "model.context": 29}
     for layout, name, value in (
         (layout_name(world), "microbatches", 2),
         (layout_name(1, pipeline=world), "schedule", "zb_h1"),

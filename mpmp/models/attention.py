@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from mpmp import config
@@ -88,11 +89,12 @@ class Attention(nn.Module):
         """Queries, keys and values; a rank of a short sequence may have none."""
         t = tokens.count
         if self.stacked:
-            stacked = self.qkv(x_BuD, t).unflatten(-1, (3, -1, self.head))
-            return stacked.permute(2, 0, 3, 1, 4).unbind()  # type: ignore[no-any-return]
+            stacked = torch.unflatten(self.qkv(x_BuD, t), -1, (3, -1, self.head))
+            return stacked.permute(2, 0, 3, 1, 4).unbind()
         q, kv = columns(x_BuD, t, self.q, self.kv)
-        q_BhtK = q.unflatten(-1, (-1, self.head)).transpose(1, 2)
-        return q_BhtK, *kv.unflatten(-1, (2, -1, self.head)).permute(2, 0, 3, 1, 4).unbind()
+        q_BhtK = torch.unflatten(q, -1, (-1, self.head)).transpose(1, 2)
+        kv = torch.unflatten(kv, -1, (2, -1, self.head))
+        return q_BhtK, *kv.permute(2, 0, 3, 1, 4).unbind()
 
     def _mix(self, q_BhtK: Tensor, k_BgtK: Tensor, v_BgtK: Tensor, tokens: Tokens) -> Tensor:
         return self.attend(
