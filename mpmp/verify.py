@@ -4,13 +4,14 @@ The same model is trained for some steps in the layout and in one process on ran
 loss, every gradient and every weight must agree to 1e-10. Ends with 0, or with 1 and the name of
 the first tensor that is wrong. ``--layout all`` proves every factorisation of the ranks that were
 started over data, pipeline, context and tensor; ``--suite`` also every schedule, ZeRO, sequence
-parallelism, experts, every model and uneven cases, and ``--table FILE`` writes down what it found.
+parallelism, experts, every model, task and uneven case, and ``--table FILE`` writes down what it
+found. ``--task tagging`` proves BERT on words and their tags in place of a language model.
 """
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mpmp import commands
@@ -26,6 +27,11 @@ DEFAULT = Config(
 )
 """Small, with eight layers and eight heads, so that every cut of eight ranks exists."""
 
+DEFAULTS = {
+    "tagging": replace(DEFAULT, task="tagging", model=replace(DEFAULT.model, kind="bert")),
+}
+"""What the other tasks begin with."""
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -39,7 +45,7 @@ def main() -> None:
     """Parse the command line, then compare; MPI is imported only in between."""
     with commands.guarded():
         asked, arguments = _take_own(sys.argv[1:])
-    config = commands.parse("mpmp.verify", __doc__ or "", DEFAULT, arguments)
+    config = commands.parse("mpmp.verify", __doc__ or "", DEFAULT, arguments, DEFAULTS)
     with commands.guarded():
         from mpmp.comm import ending
 
@@ -60,6 +66,7 @@ def verify(config: Config, asked: Asked) -> None:
     """Compare what was asked for, and print a line for each."""
     from mpmp.job import proof, setup
     from mpmp.job.compare import Comparison, compare
+    from mpmp.job.task import TASKS
 
     if config.train.dtype != "float64":
         raise ConfigError(
@@ -67,17 +74,21 @@ def verify(config: Config, asked: Asked) -> None:
             f"{config.train.dtype}"
         )
     world = setup.begin(config)
-    named: list[tuple[str, Config]]
-    if asked.rows == "one":
-        named = [("", config)]
-    else:
-        rows = proof.factored if asked.rows == "all" else proof.suite
-        named = [(str(row), row.of(config)) for row in rows(world.size, config)]
+    whole = setup.make_mesh(config, world)
+    tasks = {config.task: TASKS[config.task](config, whole)}
+    named = [("", config)]
+    if asked.rows != "one":
+        tags = tasks[config.task].objective.tags
+        factored = proof.factored(world.size, config, tags)
+        rows = factored if asked.rows == "all" else proof.suite(world.size, config)
+        named = [(str(row), row.of(config)) for row in rows]
+    for _, one in named:  # what cannot be read is told before the first row
+        if one.task not in tasks:
+            tasks[one.task] = TASKS[one.task](one, whole)
     results: dict[str, Comparison] = {}
-    corpus = setup.read_corpus(config, world)
     for name, one in named:
         mesh = setup.make_mesh(one, world)
-        objective = setup.make_objective(one, corpus)
+        objective = tasks[one.task].asked(one)
         result = compare(one, mesh, objective, one.train.steps or STEPS, LIMIT)
         results[name or mesh.layout] = result
         if world.rank == 0:

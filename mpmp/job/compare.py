@@ -15,8 +15,7 @@ from torch import Tensor
 
 from mpmp.comm.mesh import Mesh
 from mpmp.config import Config, Parallel
-from mpmp.data.loader import Batches
-from mpmp.data.objective import LanguageObjective
+from mpmp.data.objective import Objective
 from mpmp.errors import VerifyError
 from mpmp.job.training import Training
 from mpmp.parallel.merge import digest, merge
@@ -47,7 +46,7 @@ class Comparison:
 
 
 def compare(
-    config: Config, mesh: Mesh, objective: LanguageObjective, steps: int, limit: float
+    config: Config, mesh: Mesh, objective: Objective, steps: int, limit: float
 ) -> Comparison:
     """Take ``steps`` in the layout of ``mesh`` and in one process, and compare.
 
@@ -55,7 +54,7 @@ def compare(
     meanwhile.
     """
     result = Comparison(mesh.layout)
-    result.batches_sha256 = batches_digest(mesh, objective.batches)
+    result.batches_sha256 = batches_digest(mesh, objective, config.train.batch)
     ours = Training(config, mesh, objective)
     theirs: Training | None = None
     start = merge(ours.weights(), mesh)
@@ -80,13 +79,14 @@ def compare(
     return result
 
 
-def batches_digest(mesh: Mesh, batches: Batches, count: int = 100) -> str:
-    """SHA-256 of the first batches, put together from what each replica reads of them."""
-    cuts = partition(batches.batch_size, mesh.data.size)
+def batches_digest(mesh: Mesh, objective: Objective, batch: int, count: int = 100) -> str:
+    """SHA-256 of the first batches, put together from what each replica is asked of them."""
+    cuts = partition(batch, mesh.data.size)
     lengths = [stop - start for start, stop in cuts]
     sha = hashlib.sha256()
     for number in range(count):
-        for own in batches.batch(number, *cuts[mesh.data.rank]):
+        rows = objective.training(number, *cuts[mesh.data.rank])
+        for own in (rows.inputs_BT, rows.targets_BT):
             sha.update(mesh.data.allgather(own.contiguous(), lengths).numpy().tobytes())
     return sha.hexdigest()
 

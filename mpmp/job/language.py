@@ -9,6 +9,7 @@ from mpmp.comm.agreement import on_first
 from mpmp.comm.mesh import Mesh
 from mpmp.config import Config
 from mpmp.data.baselines import Score, baselines, bits_per_byte
+from mpmp.data.objective import LanguageObjective
 from mpmp.job import setup
 from mpmp.job.report import Metrics, Reporter
 from mpmp.job.sample import sample
@@ -23,7 +24,7 @@ class LanguageTask:
     def __init__(self, config: Config, mesh: Mesh) -> None:
         self.config, self.mesh = config, mesh
         self.corpus = setup.read_corpus(config, mesh.world)
-        self.objective = setup.make_objective(config, self.corpus)
+        self.objective = self.asked(config)
         self.sha256 = self.corpus.sha256
         self.tokenizer = self.corpus.tokenizer.file
         self.baselines: dict[str, Score] = {}
@@ -31,6 +32,9 @@ class LanguageTask:
     @property
     def meta(self) -> dict[str, Any]:
         return {}
+
+    def asked(self, config: Config) -> LanguageObjective:
+        return setup.make_objective(config, self.corpus)
 
     def head(self, training: Training) -> tuple[str, dict[str, Any]]:
         corpus = self.corpus

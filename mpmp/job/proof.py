@@ -10,9 +10,9 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from mpmp.config import Config, layout_name, parse_layout
+from mpmp.config import TASKS, Config, Data, layout_name, parse_layout
 from mpmp.job.compare import Comparison
 from mpmp.programs.partition import factorisations
 from mpmp.programs.schedules import SCHEDULES
@@ -24,13 +24,19 @@ class Row:
 
     layout: str
     settings: dict[str, Any] = field(default_factory=dict)
+    task: Literal["language", "tagging"] = "language"
 
     def __str__(self) -> str:
+        task = [] if self.task == "language" else [f"task={self.task}"]
         said = (f"{name.partition('.')[2]}={value}" for name, value in self.settings.items())
-        return " ".join((self.layout, *said))
+        return " ".join((self.layout, *task, *said))
 
     def of(self, base: Config) -> Config:
-        """The configuration of the row."""
+        """The configuration of the row; another task than that of ``base`` has data of its own."""
+        if self.task != base.task:
+            model = dataclasses.replace(base.model, kind=TASKS[self.task].model.kind)
+            data = Data(seed=base.data.seed)
+            base = dataclasses.replace(base, task=self.task, model=model, data=data)
         axes = {"data": None} | parse_layout(self.layout)
         changes: dict[str, dict[str, Any]] = {"parallel": axes}
         for name, value in self.settings.items():
@@ -43,24 +49,29 @@ class Row:
         return dataclasses.replace(base, **sections)
 
 
-def factored(world: int, base: Config) -> list[Row]:
-    """Every factorisation of the ranks over data, pipeline, context, tensor the model allows."""
+def factored(world: int, base: Config, tags: int = 0) -> list[Row]:
+    """Every factorisation of the ranks over data, pipeline, context, tensor the model allows.
+
+    ``tags`` are those that a classifier tells apart; 0 where tokens are foretold.
+    """
     model = base.model
     return [
-        Row(layout_name(data, pipeline, context, tensor))
+        Row(layout_name(data, pipeline, context, tensor), task=base.task)
         for data, pipeline, context, tensor in factorisations(world, 4)
-        if pipeline <= model.layers and tensor <= model.heads
+        if pipeline <= model.layers and tensor <= min(model.heads, tags or model.heads)
     ]
 
 
 def suite(world: int, base: Config) -> Iterator[Row]:
-    """Every row that is proved of ``world`` ranks."""
-    yield from factored(world, base)
-    yield from _schedules(world)
-    yield from _states(world)
-    yield from _models(world)
-    yield from _uneven(world)
-    yield from _combined(world)
+    """Every row that is proved of ``world`` ranks: of all tasks, or of tagging alone."""
+    if base.task == "language":
+        yield from factored(world, base)
+        yield from _schedules(world)
+        yield from _states(world)
+        yield from _models(world)
+        yield from _uneven(world)
+        yield from _combined(world)
+    yield from _tagging(world)
 
 
 def _schedules(world: int) -> Iterator[Row]:
@@ -140,6 +151,28 @@ def _combined(world: int) -> Iterator[Row]:
             yield Row("dp2.pp2.cp1.tp2.zero1.sp", {"parallel.schedule": schedule})
         ulysses = {"parallel.attention": "ulysses", "model.kind": "llama", "model.kv_heads": 4}
         yield Row("dp1.pp2.cp2.tp2.sp", ulysses)
+
+
+def _tagging(world: int) -> Iterator[Row]:
+    """Words and their tags, which are seven where they are made up: at most four ranks cut them."""
+    tensor = max(ranks for ranks in (1, 2, 3, 4) if world % ranks == 0)
+    layouts = [layout_name(world, zero=zero) for zero in (1, 2, 3)]
+    layouts += [layout_name(1, pipeline=world), layout_name(world // tensor, tensor=tensor)]
+    if tensor > 1:
+        layouts.append(layout_name(world // tensor, tensor=tensor, sequence=True))
+    if world % 4 == 0:
+        layouts.append(layout_name(world // 4, pipeline=2, tensor=2, zero=1))
+        layouts.append(layout_name(1, pipeline=world // 4, context=2, tensor=2, sequence=True))
+    yield from (Row(layout, task="tagging") for layout in dict.fromkeys(layouts))
+    # Sentences are padded to the longest; some replicas, and the last microbatches, have fewer.
+    uneven = {"train.batch": 3 * world - 1, "model.context": 29}
+    for layout, name, value in (
+        (layout_name(world), "microbatches", 2),
+        (layout_name(1, pipeline=world), "schedule", "zb_h1"),
+        (layout_name(1, context=world), "attention", "ring"),
+        (layout_name(1, context=world), "attention", "ulysses"),
+    ):
+        yield Row(layout, uneven | {f"parallel.{name}": value}, "tagging")
 
 
 # --- the table ------------------------------------------------------------------------------------

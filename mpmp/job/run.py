@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +21,12 @@ from mpmp.config import Config, config_hash, differences, to_dict
 from mpmp.data.objective import Objective
 from mpmp.errors import CheckpointError, NotFiniteError
 from mpmp.job import setup, state
-from mpmp.job.language import LanguageTask
 from mpmp.job.report import Metrics, Reporter, duration, table
 from mpmp.job.shares import Shares, Stopwatch
-from mpmp.job.tagging import TaggingTask
-from mpmp.job.task import Task
+from mpmp.job.task import TASKS, Task
 from mpmp.job.training import Step, Training
 from mpmp.parallel.merge import digest, merge
 
-TASKS: dict[str, Callable[[Config, Mesh], Task]] = {
-    "language": LanguageTask,
-    "tagging": TaggingTask,
-}
 _NAMES = {"gpt": "GPT", "llama": "LLaMA", "bert": "BERT", "mlp": "MLP"}
 
 

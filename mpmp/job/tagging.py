@@ -43,25 +43,12 @@ class TaggingTask:
 
     def __init__(self, config: Config, mesh: Mesh) -> None:
         self.config, self.mesh = config, mesh
-        require_context(config.model.context)
-        files = read_files(config)
-        self.files = files
-        self.tags = self._known_tags() or tags_of(files["train"])
-        self.tokenizer, source = on_first("read the word pieces", self._pieces, mesh)
-        pieces = wordpiece.WordPieces(self.tokenizer, source)
-        self.splits = {
-            name: TaggedWindows(one, pieces, self.tags, config.model.context)
-            for name, one in files.items()
-        }
-        self.objective = TaggingObjective(
-            self.splits["train"],
-            self.splits["validation"],
-            pieces,
-            self.tags,
-            context=config.model.context,
-            batch=config.train.batch,
-            seed=config.data.seed,
-        )
+        self.files = read_files(config)
+        self.tags = self._known_tags() or tags_of(self.files["train"])
+        self.tokenizer, source = on_first("read the word pieces", self._read_pieces, mesh)
+        self.pieces = wordpiece.WordPieces(self.tokenizer, source)
+        self.splits = self._cut(config.model.context)
+        self.objective = self.asked(config)
         self.sha256 = _sha256(self.splits)
         setup.agree(mesh.world, f"sentences in {config.data.path}", self.sha256)
         self.judged: dict[str, Judged] = {}
@@ -70,6 +57,19 @@ class TaggingTask:
     def meta(self) -> dict[str, Any]:
         sha256 = hashlib.sha256(self.tokenizer.encode()).hexdigest()
         return {"tags": self.tags, "tokenizer_sha256": sha256}
+
+    def asked(self, config: Config) -> TaggingObjective:
+        context = config.model.context
+        splits = self.splits if context == self.config.model.context else self._cut(context)
+        return TaggingObjective(
+            splits["train"],
+            splits["validation"],
+            self.pieces,
+            self.tags,
+            context=context,
+            batch=config.train.batch,
+            seed=config.data.seed,
+        )
 
     def head(self, training: Training) -> tuple[str, dict[str, Any]]:
         counts = {
@@ -131,7 +131,15 @@ class TaggingTask:
         described = huggingface.describe(weights) if weights is not None else None
         return list(described.tags) if described is not None else []
 
-    def _pieces(self) -> tuple[str, str]:
+    def _cut(self, context: int) -> dict[str, TaggedWindows]:
+        """Every split as windows of at most so many pieces."""
+        require_context(context)
+        return {
+            name: TaggedWindows(one, self.pieces, self.tags, context)
+            for name, one in self.files.items()
+        }
+
+    def _read_pieces(self) -> tuple[str, str]:
         """The text of the tokenizer's file, given or learnt from the training split; its name."""
         path = _tokenizer_file(self.config)
         if path is None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from mpmp.comm.mesh import Mesh
+from mpmp.config import Config
 from mpmp.data.objective import Objective
+from mpmp.job.language import LanguageTask
 from mpmp.job.report import Metrics, Reporter
+from mpmp.job.tagging import TaggingTask
 from mpmp.job.training import Training
 
 
 class Task(Protocol):
-    """One of them; all ranks call its methods together."""
+    """What was read for a configuration; all ranks call its methods together."""
 
     sha256: str
     """Of what is learnt from and validated on."""
@@ -19,6 +24,10 @@ class Task(Protocol):
     @property
     def objective(self) -> Objective:
         """What the model is asked."""
+        ...
+
+    def asked(self, config: Config) -> Objective:
+        """What a model of other settings is asked of the same data."""
         ...
 
     @property
@@ -44,3 +53,10 @@ class Task(Protocol):
     ) -> None:
         """What is shown and written when the last step, ``number``, has been validated."""
         ...
+
+
+TASKS: dict[str, Callable[[Config, Mesh], Task]] = {
+    "language": LanguageTask,
+    "tagging": TaggingTask,
+}
+"""Reads the data of each, all ranks together."""

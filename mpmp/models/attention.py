@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from mpmp import config
@@ -85,14 +86,15 @@ class Attention(nn.Module):
         return self.out(mixed_BhtK.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
     def _projected(self, x_BuD: Tensor, tokens: Tokens) -> tuple[Tensor, ...]:
-        """Queries, keys and values."""
-        B, t = len(x_BuD), tokens.count
+        """Queries, keys and values; a rank of a short sequence may have none."""
+        t = tokens.count
         if self.stacked:
-            stacked = self.qkv(x_BuD, t).view(B, t, 3, -1, self.head)
-            return stacked.permute(2, 0, 3, 1, 4).unbind()  # type: ignore[no-any-return]
+            stacked = torch.unflatten(self.qkv(x_BuD, t), -1, (3, -1, self.head))
+            return stacked.permute(2, 0, 3, 1, 4).unbind()
         q, kv = columns(x_BuD, t, self.q, self.kv)
-        q_BhtK = q.view(B, t, -1, self.head).transpose(1, 2)
-        return q_BhtK, *kv.view(B, t, 2, -1, self.head).permute(2, 0, 3, 1, 4).unbind()
+        q_BhtK = torch.unflatten(q, -1, (-1, self.head)).transpose(1, 2)
+        kv = torch.unflatten(kv, -1, (2, -1, self.head))
+        return q_BhtK, *kv.permute(2, 0, 3, 1, 4).unbind()
 
     def _mix(self, q_BhtK: Tensor, k_BgtK: Tensor, v_BgtK: Tensor, tokens: Tokens) -> Tensor:
         return self.attend(

@@ -166,14 +166,27 @@ def test_cut_over_the_tensor_axis_it_learns_the_same(world, case, sequence):
         alike(gradients, summed_gradients(whole, alone), 1e-10)
 
 
-def learns_alike_on(mesh, shape, kind, sequence):
+def beginning(microbatch, time):
+    """The first tokens of each sequence."""
+    lengths = microbatch.lengths_B
+    return replace(
+        microbatch,
+        inputs_Bt=microbatch.inputs_Bt[:, :time],
+        targets_Bt=microbatch.targets_Bt[:, :time],
+        positions_t=torch.arange(time),
+        length=time,
+        lengths_B=None if lengths is None else lengths.clamp(max=time),
+    )
+
+
+def learns_alike_on(mesh, shape, kind, sequence, time=TIME):
     """The loss and gradients of a model whose ranks share sequences are those of one process."""
     alone = Mesh.single(mesh.world)
-    microbatch = batch(shape, samples=torch.tensor([5, 6, 7]))
+    microbatch = beginning(batch(shape, samples=torch.tensor([5, 6, 7])), time)
     whole = build(shape, alone)
     expected, _ = step(whole, microbatch)
     causal = shape.kind != "bert"
-    pieces = cut_sequence(TIME, mesh.context.size, kind, causal)[mesh.context.rank]
+    pieces = cut_sequence(time, mesh.context.size, kind, causal)[mesh.context.rank]
     at = torch.tensor(positions(pieces), dtype=torch.int64)
     own = replace(
         microbatch,
@@ -198,6 +211,15 @@ def learns_alike_on(mesh, shape, kind, sequence):
 def test_cut_over_the_context_axis_it_learns_the_same(world, case, kind):
     mesh = mpmp.mesh(context=world.size)
     learns_alike_on(mesh, replace(CASES[case], dropout=0.2), kind, False)
+    mesh.free()
+
+
+@pytest.mark.ranks(3)
+@pytest.mark.parametrize("kind", ("ring", "ulysses"))
+@pytest.mark.parametrize("case", ("gpt", "llama-grouped", "bert"))
+def test_a_rank_may_have_nothing_of_a_short_sequence(world, case, kind):
+    mesh = mpmp.mesh(context=3)
+    learns_alike_on(mesh, replace(CASES[case], dropout=0.2), kind, False, time=2)
     mesh.free()
 
 

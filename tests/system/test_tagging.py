@@ -141,7 +141,7 @@ def compared(data: Path, layouts: dict[int, list[str]], args: list[str]) -> Path
     folder = data.parent
     args = ["--data.path", str(data), *SMALL, "--checkpoint.every", "10", *args]
     whole = folder / "dp1"
-    done = alone([*TAGGING, *args, "--checkpoint.dir", str(whole)], folder)
+    done = alone([*TAGGING, *args, "--checkpoint.dir", str(whole)], folder, timeout=600)
     assert done.rc == 0 and done.stderr == "", done.text
     rest = folder / "resumed"
     shutil.copytree(whole, rest)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from mpmp.parallel.deferred import Deferred, Kept
 from mpmp.parallel.dropout import Dropout
 from mpmp.parallel.maker import Maker
 from mpmp.parallel.ring import _Ring
+from mpmp.parallel.stage import NOT_COUNTED
 
 
 def _unsummed(chosen: Callable[[data.Bucket], bool]) -> None:
@@ -81,7 +83,7 @@ def loss_of_the_replica() -> None:
     train = pipeline.Pipeline.train
 
     def scaled(self: Any, microbatches: Any, num_tokens: int, *rest: Any) -> Tensor:
-        own = sum(one.inputs_Bt.numel() for one in microbatches)
+        own = sum(int((one.targets_Bt != NOT_COUNTED).sum()) for one in microbatches)
         return train(self, microbatches, own, *rest)
 
     pipeline.Pipeline.train = scaled  # type: ignore[method-assign]
@@ -156,6 +158,16 @@ def keys_of_one_rank_skipped() -> None:
         return () if source == self.left else blocks(self, source)
 
     _Ring._blocks = fewer  # type: ignore[method-assign]
+
+
+def padding_seen() -> None:
+    """Ranks that share sequences see keys that are padding."""
+    mask = _Ring._mask
+
+    def every(self: _Ring, *args: Any) -> Any:
+        return mask(replace(self, rule=replace(self.rule, lengths_B=None)), *args)
+
+    _Ring._mask = every  # type: ignore[method-assign]
 
 
 def norm_counts_copies() -> None:
