@@ -35,7 +35,12 @@ def plant_text(folder: Path, name: str = "text.txt") -> Path:
     return path
 
 
-def alone(args: list[str], cwd: Path, env: Mapping[str, str | None] | None = None) -> Run:
+def alone(
+    args: list[str],
+    cwd: Path,
+    env: Mapping[str, str | None] | None = None,
+    timeout: float = 120,
+) -> Run:
     """``python ARGS`` without a launcher."""
     done = subprocess.run(
         [sys.executable, *args],
@@ -44,7 +49,7 @@ def alone(args: list[str], cwd: Path, env: Mapping[str, str | None] | None = Non
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=timeout,
     )
     return Run(done.returncode, done.stdout, done.stderr, 0.0, False, 0)
 
