@@ -10,8 +10,8 @@ from harness import ROOT
 from system.small import HOME, alone, ended
 
 
-def dry(args: str, folder: Path) -> list[str]:
-    run = alone(["-m", "mpmp.train", "--dry-run", *args.split()], folder, HOME)
+def dry(args: str, folder: Path, timeout: float = 120) -> list[str]:
+    run = alone(["-m", "mpmp.train", "--dry-run", *args.split()], folder, HOME, timeout)
     assert run.rc == 0 and run.stderr == "", run.text
     return run.stdout.splitlines()
 
@@ -45,5 +45,5 @@ def test_what_cannot_be_is_refused(args: str, code: int, words: str, tmp_path: P
 @pytest.mark.timeout(900)
 def test_a_billion_parameters_in_a_hundred_parts(tmp_path: Path) -> None:
     recipe = ROOT / "recipes" / "gpt-1b.toml"
-    lines = dry(f"--recipe {recipe}", tmp_path)
+    lines = dry(f"--recipe {recipe}", tmp_path, timeout=800)
     assert any("dp1.pp25.tp4.sp on 100 ranks" in line for line in lines)
