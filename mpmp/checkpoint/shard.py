@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mpmp.checkpoint.copying import copy_all
 from mpmp.checkpoint.held import Held
 from mpmp.checkpoint.sharing import Holding, Share
 from mpmp.checkpoint.tensorfile import host_bytes, kind_of
@@ -39,9 +40,11 @@ class Buffer:
             self._memory = torch.empty(share.size_bytes, dtype=torch.uint8, pin_memory=pinned)
         file = self._memory[: share.size_bytes]
         file[: len(share.header)] = torch.frombuffer(bytearray(share.header), dtype=torch.uint8)
-        for piece, entry in share.pieces:
-            place = file[entry.offset : entry.offset + entry.size_bytes]
-            place.view(entry.dtype).copy_(find(piece))
+        places = (
+            file[entry.offset : entry.offset + entry.size_bytes].view(entry.dtype)
+            for _, entry in share.pieces
+        )
+        copy_all(zip(places, (find(piece) for piece, _ in share.pieces), strict=True))
         return [file.numpy().data]
 
 
