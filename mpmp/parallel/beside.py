@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from math import prod
 
 import torch
 from torch import Tensor
@@ -94,7 +95,7 @@ def summed(
     (B, T, K), rows_NK = partial_BTK.shape, partial_BTK.view(-1, partial_BTK.shape[-1])
     unit = T if sequence else 1  # what is cut over T moves by whole rows of B
     cuts = _cuts(B * T // max(1, unit), unit * K * partial_BTK.itemsize)
-    if not group.overlaps or not (ahead or len(cuts) > 1):
+    if not group.overlaps or len(cuts) < (1 if ahead else 2):
         compute(slice(None), rows_NK)
         total = _sum_at_once(partial_BTK, group, sequence)
         return lambda: total
@@ -149,7 +150,7 @@ def _start(
     group: Group, collective: str, x: Tensor, lengths: Sequence[int] | None = None
 ) -> Callable[[], None]:
     """A collective in place on the rows of ``x``, under way; what waits for it."""
-    row = x[0].numel()
+    row = prod(x.shape[1:])
     each = None if lengths is None else [length * row for length in lengths]
     prepared = group.prepare(collective, x.view(-1), lengths=each)
     handle = prepared.start()
@@ -162,7 +163,12 @@ def _start(
 
 
 def _cuts(rows: int, row_bytes: int) -> list[tuple[int, int]]:
-    """A few pieces of some rows that are worth the while; all ranks of a group find the same."""
+    """A few pieces of some rows that are worth the while; all ranks of a group find the same.
+
+    None of nothing: a context rank may have no token of a short sequence.
+    """
+    if rows * row_bytes == 0:
+        return []
     number = min(MOST_PIECES, rows, rows * row_bytes // LEAST_BYTES)
     return partition(rows, max(1, number))
 

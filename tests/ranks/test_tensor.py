@@ -118,6 +118,17 @@ def test_column_then_row_is_two_linears(make_each_way, hidden, blocks, bias):
             assert close(gradient, plain[name].grad), name
 
 
+def test_no_tokens_at_all(make_each_way):
+    """As a context rank has them of a short sequence."""
+    column = ColumnParallelLinear(make_each_way, "up", 5, 8, std=0.5)
+    row = RowParallelLinear(make_each_way, "down", 8, 6, std=0.5)
+    x = randn(2, 0, 5).requires_grad_()
+    y = row(column(x, 0))
+    y.sum().backward()
+    assert y.shape == (2, 0, 6) and x.grad.shape == x.shape
+    assert not column.weight.grad.any() and not row.weight.grad.any()
+
+
 def test_rows_of_a_weight_that_is_whole_on_all_ranks(make):
     """As of KV heads that several ranks read: each rank's gradient is a part of the whole's."""
     rank, size = make.tensor.rank, make.tensor.size
