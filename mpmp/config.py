@@ -119,8 +119,8 @@ class Comm:
     windows: Literal["auto", "on", "off"] = "auto"
     """Memory shared by the ranks of a host: where there is room, demanded, or never."""
     overlap: Literal["auto", "on", "off"] = "auto"
-    """Sums and gathers of cut layers beside their products: over several hosts, wherever ranks send
-    messages, or never."""
+    """Sums and gathers of cut layers beside their products: where each rank has its own host,
+    wherever ranks send messages, or never."""
     table: str | None = None
     """File of measurements, by bench, that auto chooses by; omitted: published thresholds."""
     explain: bool = False

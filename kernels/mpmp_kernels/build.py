@@ -51,6 +51,7 @@ def library() -> ctypes.CDLL:
         raise BuildError(str(error)) from error
 
 
+@cache
 def library_or_none() -> ctypes.CDLL | None:
     """The compiled kernels, where whoever asks has another way that is nearly as good."""
     try:

@@ -86,7 +86,7 @@ def write_file(path: Path, parts: Sequence[memoryview]) -> Fingerprint:
 
 
 def begin_writing(descriptor: int, start: int, size: int) -> None:
-    """Have the disk begin with bytes that were written to a file, and wait for nothing.
+    """Have the disk begin with bytes that were written to a file, without waiting for its end.
 
     This is advice: what is on the disk, and whether all went well, fsync says afterwards. Unlike
     fdatasync it commits no journal.

@@ -21,10 +21,14 @@ def copy_all(copies: Iterable[tuple[Tensor, Tensor]]) -> None:
     """Copy the elements of each second tensor to the first, contiguous and of the same dtype."""
     library = build.library_or_none()
     turns: list[tuple[int, int, int]] = []
+    kept: list[Tensor] = []  # some are made for the copy alone, and must be there until it is done
     for to, one in copies:
-        if library is None or one.is_cuda or not one.is_contiguous() or one.is_conj():
+        assert (to.dtype, to.numel(), to.is_contiguous()) == (one.dtype, one.numel(), True)
+        lazy = one.is_conj() or one.is_neg()
+        if library is None or one.is_cuda or lazy or not one.is_contiguous():
             to.copy_(one)
             continue
+        kept.append(one)
         for at in range(0, one.nbytes, _AT_ONCE_BYTES):
             size = min(_AT_ONCE_BYTES, one.nbytes - at)
             turns.append((size, one.data_ptr() + at, to.data_ptr() + at))

@@ -39,7 +39,8 @@ class Carrier:
 
     ``rank`` is this rank's place in the group, ``ranks`` all members by their rank in the world,
     ``hosts`` the number of the host of each, ``spent_s`` the seconds this rank has spent here,
-    waiting included (started operations aside). ``table`` is one of measurements.
+    waiting included (buckets of gradients and ZeRO's weights count their own). ``table`` is one of
+    measurements.
     """
 
     def __init__(
@@ -79,12 +80,13 @@ class Carrier:
     def overlaps(self) -> bool:
         """Whether what is started moves while this rank computes, so that layers had better start.
 
-        What is started in shared memory is carried out by whoever waits for it.
+        What is started in shared memory is carried out by whoever waits for it. Over hosts of
+        several ranks a bridge moves less between them, and what is started takes no bridge.
         """
         if self.size == 1 or not self._progress.threaded or self.windows is not None:
             return False
-        several = len(set(self.hosts)) > 1
-        return {"auto": several, "on": True, "off": False}[self._overlap]
+        each_its_own_host = len(set(self.hosts)) == self.size
+        return {"auto": each_its_own_host, "on": True, "off": False}[self._overlap]
 
     def note_wait(self, seconds: float) -> None:
         """Count seconds that this rank has waited for what it had started."""

@@ -14,7 +14,8 @@ kernel of torch that runs meanwhile has let go of it.
 
 Operations of one lane follow one another, in the order in which they were started, which must be
 the same on all ranks of a group. Those of other groups do not wait for them: a sum that a layer
-needs now passes the buckets of gradients that nobody needs before the end of the step.
+needs now passes the buckets of gradients that nobody needs before the end of the step. Work on a
+GPU is the exception: it has no lane, goes alone, and nothing passes it.
 """
 
 from __future__ import annotations
@@ -188,6 +189,7 @@ class Progress:
     def _begin(self) -> bool:
         """Begin the first of each free lane; what has none begins alone, and nothing passes it."""
         moved, busy = False, {task.lane for task in self._under_way}
+        # Others append meanwhile: a copy and a removal are one step each under Python's lock.
         for task in list(self._queue):
             if None in busy or (task.lane is None and busy):
                 break
@@ -202,9 +204,10 @@ class Progress:
         return SHORT_NAP_S if self._awaited else growing(max(waited_s, 2 * self._usual_s))
 
     def _describe(self) -> str:
-        # The oldest is the one that the others may be waiting for.
-        oldest = self._under_way[0].waits_for
-        return "" if oldest is None else oldest.describe()
+        # What somebody waits for, else the oldest, for which others may wait.
+        awaited = [task for task in self._under_way if task in self._awaited]
+        first = (awaited or self._under_way)[0].waits_for
+        return "" if first is None else first.describe()
 
     def _missing(self) -> Iterator[int]:
         for task in self._under_way:

@@ -138,9 +138,11 @@ def _combined(world: int) -> Iterator[Row]:
         yield Row(layout_name(1, context=world), {"parallel.attention": "ulysses"})
         yield Row(layout_name(1, tensor=world, sequence=True))
         yield Row(layout_name(1, tensor=world), {"model.tied": False})
+        # Large enough for what moves beside products to be cut into pieces.
+        large = {"model.context": 64, "train.batch": 32}
         messages = {"comm.windows": "off", "comm.overlap": "on"}
         for sequence in (False, True):
-            yield Row(layout_name(1, tensor=world, sequence=sequence), messages)
+            yield Row(layout_name(1, tensor=world, sequence=sequence), messages | large)
     for recompute in ("selective", "full"):
         yield Row(layout_name(1, tensor=world), {"train.recompute": recompute})
     if world % 2 == 0:
@@ -154,7 +156,7 @@ def _combined(world: int) -> Iterator[Row]:
 
 
 def _tagging(world: int) -> Iterator[Row]:
-    """Words and their tags, which are seven where they are made up: at most four ranks cut them."""
+    """Words and their tags; every tensor rank has some of seven tags and of eight heads."""
     tensor = max(ranks for ranks in (1, 2, 3, 4) if world % ranks == 0)
     layouts = [layout_name(world, zero=zero) for zero in (1, 2, 3)]
     layouts += [layout_name(1, pipeline=world), layout_name(world // tensor, tensor=tensor)]

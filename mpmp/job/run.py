@@ -23,7 +23,7 @@ from mpmp.errors import CheckpointError, NotFiniteError
 from mpmp.job import setup, state
 from mpmp.job.report import Metrics, Reporter, duration, table
 from mpmp.job.shares import Shares, Stopwatch
-from mpmp.job.task import TASKS, Task
+from mpmp.job.task import READERS, Task
 from mpmp.job.training import Step, Training
 from mpmp.parallel.merge import digest, merge
 
@@ -34,7 +34,7 @@ def train(config: Config) -> None:
     """Train as configured; returns on all ranks when the closing table was shown."""
     world = setup.begin(config)
     mesh = setup.make_mesh(config, world)
-    task = TASKS[config.task](config, mesh)
+    task = READERS[config.task](config, mesh)
     folder = setup.run_folder(config, mesh)
     training = Training(state.with_saved_cut(config, folder, mesh), mesh, task.objective)
     Run(config, mesh, task, training, folder).all()

@@ -55,7 +55,7 @@ class Task(Protocol):
         ...
 
 
-TASKS: dict[str, Callable[[Config, Mesh], Task]] = {
+READERS: dict[str, Callable[[Config, Mesh], Task]] = {
     "language": LanguageTask,
     "tagging": TaggingTask,
 }

@@ -9,7 +9,8 @@
 Only where the group's messages move while its ranks compute (``Carrier.overlaps``). Everywhere else
 the same calls move the whole at once, in the calling thread.
 
-Shapes: B batch, T time, D in, K out, N = B T rows; u is this rank's piece of T, b some rows of B.
+Shapes: B batch, T time, D or K features, N = B T rows; u is this rank's piece of T, b some of B, n
+some of N.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from mpmp.programs.partition import partition
 
 MOST_PIECES = 4
 LEAST_BYTES = 256 * 1024
-"""Of a piece: smaller ones take more of the processor and of latencies than they hide."""
+"""Of a piece: smaller ones take more of the processor and of latencies than they hide. What is
+smaller as a whole moves at once."""
 
 
 class Gathered:
@@ -43,7 +45,7 @@ class Gathered:
 
     def start(self) -> None:
         """Let it move beside what this rank does until it asks for it."""
-        if self._whole is None and self._group.overlaps and not self._pieces:
+        if self._whole is None and not self._pieces and _may_move(self._own, self._group):
             self._pieces = [self._started(*rows) for rows in self._cuts()]
 
     def pieces(self) -> Iterator[Tensor]:
@@ -56,7 +58,7 @@ class Gathered:
     def whole(self) -> Tensor:
         """All rows, (B, T, D)."""
         if self._whole is None and self._pieces:
-            self._whole = torch.cat([piece() for piece in self._pieces])
+            self._whole, self._pieces = torch.cat([piece() for piece in self._pieces]), []
         elif self._whole is None:
             self._whole = all_pieces(self._own, self._group, self._length, 1).contiguous()
         return self._whole
@@ -95,7 +97,7 @@ def summed(
     (B, T, K), rows_NK = partial_BTK.shape, partial_BTK.view(-1, partial_BTK.shape[-1])
     unit = T if sequence else 1  # what is cut over T moves by whole rows of B
     cuts = _cuts(B * T // max(1, unit), unit * K * partial_BTK.itemsize)
-    if not group.overlaps or len(cuts) < (1 if ahead else 2):
+    if not _may_move(partial_BTK, group) or len(cuts) < (1 if ahead else 2):
         compute(slice(None), rows_NK)
         total = _sum_at_once(partial_BTK, group, sequence)
         return lambda: total
@@ -162,15 +164,19 @@ def _start(
     return done
 
 
-def _cuts(rows: int, row_bytes: int) -> list[tuple[int, int]]:
-    """A few pieces of some rows that are worth the while; all ranks of a group find the same.
+def _may_move(x: Tensor, group: Group) -> bool:
+    """Whether something may move beside what is computed; all ranks of a group find the same.
 
-    None of nothing: a context rank may have no token of a short sequence.
+    Tensors of inference mode may not be changed by another thread, which is not in it. Those of a
+    GPU have one stream after another, in which a layer's sum would wait for buckets of gradients.
     """
-    if rows * row_bytes == 0:
-        return []
+    return group.overlaps and not (x.is_cuda or torch.is_inference_mode_enabled())
+
+
+def _cuts(rows: int, row_bytes: int) -> list[tuple[int, int]]:
+    """Pieces of some rows that are worth the while; none of nothing or little."""
     number = min(MOST_PIECES, rows, rows * row_bytes // LEAST_BYTES)
-    return partition(rows, max(1, number))
+    return partition(rows, number) if number else []
 
 
 def _lengths(cuts: Sequence[tuple[int, int]]) -> list[int]:

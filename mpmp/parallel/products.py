@@ -142,17 +142,18 @@ class _Column(torch.autograd.Function):
         own_BuD, *weights = ctx.saved_tensors
         way, uses = ctx.way, ctx.uses
         inputs = way.gathered(own_BuD, ctx.length)
-        if any(ctx.needs_input_grad[4::2]) and not way.deferred.active:
+        weights_follow = any(ctx.needs_input_grad[4::2]) and not way.deferred.active
+        if weights_follow:
             inputs.start()
-        x_grad = None
+        x_sum = None
         if ctx.needs_input_grad[0]:
             matrices = [
                 own_matrix(weight, use).to(ctx.dtype)
                 for weight, use in zip(weights, uses, strict=True)
             ]
-            x_grad = _sum_of_products(grads_BTK, matrices, way)
+            x_sum = _sum_of_products(grads_BTK, matrices, way, ahead=weights_follow)
         found = _gradients(ctx, grads_BTK, inputs.whole, 4)
-        return (x_grad and x_grad(), None, None, None, *found)
+        return (None if x_sum is None else x_sum(), None, None, None, *found)
 
 
 class _Row(torch.autograd.Function):
@@ -194,7 +195,7 @@ def summed_product(x_BTD: Tensor, weight: Tensor, use: Use, way: Way) -> Tensor:
 
 
 def _sum_of_products(
-    grads: Sequence[Tensor], matrices: Sequence[Tensor], way: Way
+    grads: Sequence[Tensor], matrices: Sequence[Tensor], way: Way, ahead: bool
 ) -> Callable[[], Tensor]:
     """What waits for the sum of the products, over the weights and over the ranks."""
     grads_NK = [_rows(grad) for grad in grads]
@@ -205,7 +206,7 @@ def _sum_of_products(
             out_nD.addmm_(grad_NK[rows], matrix)
 
     shape = (*grads[0].shape[:-1], matrices[0].shape[1])
-    return way.summed(shape, grads[0], compute, ahead=True)
+    return way.summed(shape, grads[0], compute, ahead)
 
 
 def _gradients(

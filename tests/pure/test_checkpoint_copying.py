@@ -30,3 +30,15 @@ def test_every_byte_and_none_beside(monkeypatch: pytest.MonkeyPatch, way: str) -
     wanted[-8 * 63 - 8 : -8] = wide.contiguous().view(torch.uint8).view(-1)
     copy_all([*copies, (place, wide)])
     assert torch.equal(memory, wanted)
+
+
+def test_what_is_made_for_the_copy_alone_lives_until_it_is_done(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As the elements of a tensor that is not contiguous, side by side."""
+    monkeypatch.setattr(copying, "_AT_ONCE_BYTES", 1000)
+    wide = [torch.randn(50, 70).t() for _ in range(20)]
+    places = [torch.zeros(3500) for _ in wide]
+    copy_all((place, one.reshape(-1)) for place, one in zip(places, wide, strict=True))
+    for place, one in zip(places, wide, strict=True):
+        assert torch.equal(place, one.reshape(-1))

@@ -23,6 +23,7 @@ def forget() -> Iterator[None]:
     """What is known of this machine is found out anew after each test."""
     yield
     build.library.cache_clear()
+    build.library_or_none.cache_clear()
     hashing.has_pairs.cache_clear()
 
 
@@ -60,6 +61,7 @@ def test_one_block_or_several_pieces_or_no_compiler(
     if not has_kernels:
         monkeypatch.setenv("CC", "/nowhere/cc")
     build.library.cache_clear()
+    build.library_or_none.cache_clear()
     hashing.has_pairs.cache_clear()
     a, b, c = data(300), data(300, seed=1), data(299, seed=2)
     assert hash_blocks([[a]]) == right(a)

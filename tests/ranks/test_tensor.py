@@ -129,6 +129,17 @@ def test_no_tokens_at_all(make_each_way):
     assert not column.weight.grad.any() and not row.weight.grad.any()
 
 
+def test_what_is_generated_moves_at_once(make_each_way):
+    """Another thread may not change tensors of inference mode."""
+    row = RowParallelLinear(make_each_way, "down", 8, 6, std=0.5)
+    start, stop = make_each_way.cut(8)
+    x = randn(2, TIME, 8)
+    expected = row(x[..., start:stop]).detach()
+    with torch.inference_mode():
+        found = row(x[..., start:stop])
+    assert close(found, expected)
+
+
 def test_rows_of_a_weight_that_is_whole_on_all_ranks(make):
     """As of KV heads that several ranks read: each rank's gradient is a part of the whole's."""
     rank, size = make.tensor.rank, make.tensor.size
