@@ -55,6 +55,7 @@ class RankPlugin:
             self.stacks = (directory / f"rank_{self.rank}.stacks").open("w")
         elif self.rank > 0:
             sys.stdout = open(os.devnull, "w")  # rank 0 shows the progress for all
+        signal.signal(_DUMP, signal.SIG_IGN)  # for when Python has gone and MPI is still ending
         faulthandler.register(_DUMP, file=self.stacks, all_threads=True)
         self.test = ""
         self.ending = threading.Lock()

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
@@ -25,7 +26,8 @@ _START_LIMIT_S = 180.0
 """Time the ranks have to import everything and reach their first test."""
 _LOST_S = 1.0
 """Time mpirun has to end the job by itself when a rank is gone; MPICH's does not for code 0."""
-_END_LIMIT_S = 20.0
+_END_LIMIT_S = 60.0
+"""Time the ranks have to end after their last test: on a busy machine 4 took more than 20 s."""
 _MAX_STARTS = 12
 """Starts of a size; more mean that something is broken for all tests."""
 
@@ -115,10 +117,19 @@ class RankSession:
         """After the last test: the ranks must end by themselves. What is wrong with their end."""
         if self.job is None:
             return []
-        run = self.job.finish(_END_LIMIT_S)
+        try:
+            self.job.process.wait(_END_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            self._ask_where_they_stand()
+        run = self.job.finish(0)
         if run.rc == 0 and run.left_behind == 0:
             return []
-        return [f"after their last test the {self.n} ranks did not end well: {run.text[-3000:]}"]
+        stands = grouped({i: text for i, rank in enumerate(self.ranks) if (text := rank.stacks())})
+        head, _, output = run.text.partition("\n")
+        return [
+            f"after their last test the {self.n} ranks did not end well: {head}, "
+            f"{run.left_behind} processes left behind\n{stands}\n{output[-3000:]}"
+        ]
 
     def close(self) -> None:
         self.stop()
@@ -184,13 +195,16 @@ class RankSession:
         """End the job; ranks that are still there say where they stand."""
         assert self.job is not None
         if not over:
-            for rank in self.ranks:
-                if rank.pid and rank.alive():
-                    os.kill(rank.pid, signal.SIGUSR2)
-            time.sleep(0.3)
+            self._ask_where_they_stand()
         self.job.stop()
         for rank in self.ranks:
             rank.read()
+
+    def _ask_where_they_stand(self) -> None:
+        for rank in self.ranks:
+            if rank.pid and rank.alive():
+                os.kill(rank.pid, signal.SIGUSR2)
+        time.sleep(0.3)
 
     def _verdict(self, test: str) -> Outcome:
         failed = self._failed(test)

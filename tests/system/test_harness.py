@@ -12,6 +12,7 @@ import pytest
 
 from harness import ROOT, Job, run_ranks
 from harness.launch import clean_environment
+from harness.session import RankSession
 
 BAD = """
 import os, sys, time
@@ -97,6 +98,18 @@ def test_is_slow():
     pass
 """
 
+LATE = """
+import atexit, time
+from mpi4py import MPI
+
+def come_late():
+    if MPI.COMM_WORLD.rank == 1:
+        time.sleep(1000)  # planted
+
+def test_passes():
+    atexit.register(come_late)
+"""
+
 
 def plant(folder: Path, source: str) -> Path:
     (folder / "ranks").mkdir()
@@ -167,6 +180,20 @@ def test_skipped_at_every_size_is_an_error(tmp_path: Path) -> None:
 def test_only_one_size_of_a_skipping_test_is_no_error(tmp_path: Path) -> None:
     rc, text = run_pytest(plant(tmp_path, SKIPPING), "-k", "ranks2 or ranks3", "--all")
     assert rc == 0, text
+
+
+@pytest.mark.slow
+def test_ranks_that_do_not_end_say_where_they_stand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("harness.session._END_LIMIT_S", 3.0)
+    test = "ranks/test_planted.py::test_passes[ranks2]"
+    session = RankSession(2, {test: 60.0}, ["-p", "no:cacheprovider"], plant(tmp_path, LATE))
+    assert session.outcome(test) == ("passed", "")
+    (said,) = session.finish()
+    session.close()
+    assert "the 2 ranks did not end well: rc 124 after " in said, said
+    assert "in come_late" in said and "--- rank 1 ---" in said, said
 
 
 @pytest.mark.slow
