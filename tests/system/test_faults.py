@@ -83,7 +83,7 @@ def test_a_job_of_4_is_gone_when_one_rank_is(
 @pytest.mark.parametrize(
     "layout",
     [
-        "dp2",
+        pytest.param("dp2", marks=pytest.mark.slow),
         pytest.param("tp2", marks=pytest.mark.slow),
         pytest.param("pp2", marks=pytest.mark.mpich_too),
     ],
